@@ -115,7 +115,7 @@ class StepModule(L.LightningModule):
         logged["learning_rate"] = optimizer.param_groups[0]["lr"]
         self.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in logged.items()} | {"step": float(self.global_step)})
 
-# %% ../nbs/03_training.ipynb #18a96f49
+# %% ../nbs/03_training.ipynb #35aadf35
 def make_trainer(
     run_dir: str | Path,         # `last.ckpt`, `metrics.csv` and a failing batch are written here
     max_steps: int,              # optimizer steps in all, resumed ones included
@@ -128,6 +128,7 @@ def make_trainer(
     clip: float = 1.0,           # largest gradient norm (Hugging Face Trainer default, which the official recipe keeps)
     save_every: int = 100,       # optimizer steps between checkpoints (official recipe)
     desc: str = "train",         # shown before the progress
+    callbacks: tuple = (),       # more Lightning callbacks
 ) -> L.Trainer:                  # call `fit` with it
     "A Lightning trainer with exact resume, tidy metrics, time left and a check of the loss."
     if max_steps < 1: raise ConfigError(f"max_steps is {max_steps}: a run needs at least one optimizer step")
@@ -139,7 +140,7 @@ def make_trainer(
     return L.Trainer(
         default_root_dir=run_dir, max_steps=max_steps, max_epochs=-1, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, log_every_n_steps=1, use_distributed_sampler=False,
-        logger=MetricsFile(run_dir/"metrics.csv"), callbacks=[StepSeed(seed), FiniteLoss(run_dir), TimeLeft(desc), saver],
+        logger=MetricsFile(run_dir/"metrics.csv"), callbacks=[StepSeed(seed), FiniteLoss(run_dir), TimeLeft(desc), *callbacks, saver],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=True)
 
 # %% ../nbs/03_training.ipynb #c598b6dd
@@ -157,7 +158,7 @@ def checkpoint_to_resume(
     if last.is_file() and not zipfile.is_zipfile(last): raise DataError("not a whole checkpoint: delete it to start afresh", file=last)
     return last
 
-# %% ../nbs/03_training.ipynb #85ed9f2e
+# %% ../nbs/03_training.ipynb #19cdc021
 def fit(
     trainer: L.Trainer,            # of `make_trainer`
     module: L.LightningModule,     # what to train
@@ -172,4 +173,4 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, loader, ckpt_path=last, weights_only=True)
-        if trainer.checkpoint_callback._last_global_step_saved != trainer.global_step: trainer.save_checkpoint(run_dir/"last.ckpt")
+        trainer.save_checkpoint(run_dir/"last.ckpt")
