@@ -53,7 +53,7 @@ def token_law(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     return logits.log_softmax(-1)
 
-# %% ../nbs/20_policy.ipynb #e39e4434
+# %% ../nbs/20_policy.ipynb #4ab8ad1e
 def _uniforms(
     seeds: list[int],                  # one a row
     n: int,                            # tokens
@@ -66,10 +66,10 @@ def _draw(
     x: Float[Tensor, "row"],                 # uniform numbers in [0, 1)
 ) -> Int[Tensor, "row"]:                     # one token a row, never one of probability 0
     "Inverse of the cumulative distribution, in fp64 so that rounding cannot reach an impossible token."
-    cdf = logps.double().exp().cumsum(-1)
+    cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cdf, x[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
-# %% ../nbs/20_policy.ipynb #79c24a9e
+# %% ../nbs/20_policy.ipynb #82dd1a75
 class JanusPolicy(nn.Module):
     "A Janus checkpoint as a policy over image tokens."
     def __init__(
@@ -84,11 +84,12 @@ class JanusPolicy(nn.Module):
         self.n_tokens = config.vision_config.num_image_tokens
         self.vocabulary = config.vq_config.num_embeddings
         self.context = config.text_config.max_position_embeddings
-        self.uncond_pads = getattr(generation, "uncond_pads", "visible")
+        extra = getattr(generation, "generation_kwargs", None) or {}
+        self.uncond_pads = extra.get("uncond_pads", "visible")
         if self.uncond_pads not in ("visible", "masked"):
-            raise ConfigError(f'generation_config.uncond_pads is {self.uncond_pads!r}: it must be "visible" or "masked"')
+            raise ConfigError(f'generation_config.generation_kwargs has uncond_pads = {self.uncond_pads!r}: it must be "visible" or "masked"')
         self.sampling = Sampling(float(generation.guidance_scale or 5.0), float(generation.temperature or 1.0), generation.top_k or None)
-        self.special = _special_tokens(generation, processor.tokenizer)
+        self.special = _special_tokens(bos_token_id=generation.bos_token_id, pad_token_id=generation.pad_token_id, boi_token_id=extra.get("boi_token_id"))
         self._ids: dict[str, list[int]] = {}
 
     @property
@@ -96,7 +97,7 @@ class JanusPolicy(nn.Module):
         "Device of the weights."
         return self.model.device
 
-# %% ../nbs/20_policy.ipynb #011d418a
+# %% ../nbs/20_policy.ipynb #514f0a80
 def _check_janus(model: Any) -> None:  # raises ConfigError
     "Refuse a checkpoint whose blocks `_Decoder` would compute wrongly."
     if getattr(model.config, "model_type", None) != "janus":
@@ -109,10 +110,8 @@ def _check_janus(model: Any) -> None:  # raises ConfigError
     if tokens != vq.num_patches**2:
         raise ConfigError(f"num_image_tokens is {tokens}, but the VQ grid has {vq.num_patches} x {vq.num_patches} codes")
 
-def _special_tokens(generation: Any, tokenizer: Any) -> tuple[int, int, int]:  # bos, pad, begin of image
+def _special_tokens(**ids: Any) -> tuple[int, ...]:  # bos, pad, begin of image
     "The three token ids that an unconditional row is made of."
-    boi = (getattr(generation, "generation_kwargs", None) or {}).get("boi_token_id")
-    ids = dict(bos_token_id=generation.bos_token_id, pad_token_id=generation.pad_token_id, boi_token_id=boi)
     for name, value in ids.items():
         if not isinstance(value, int): raise ConfigError(f"the checkpoint's generation_config gives no {name}")
     return tuple(ids.values())
@@ -141,7 +140,7 @@ def save(
     self.model.save_pretrained(path)
     self.processor.save_pretrained(path)
 
-# %% ../nbs/20_policy.ipynb #2a8996fb
+# %% ../nbs/20_policy.ipynb #64fb3c8e
 @patch
 def prompt_ids(
     self: JanusPolicy,
@@ -153,7 +152,7 @@ def prompt_ids(
         if not prompt.strip(): raise DataError("empty prompt: a policy needs some words", row=i)
         turn = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         text = self.processor.apply_chat_template(turn, add_generation_prompt=True) + self.processor.image_start_token
-        ids = self.processor.tokenizer(text)["input_ids"]
+        ids = self.processor.tokenizer(text, verbose=False)["input_ids"]
         bos, _, boi = self.special
         if ids[0] != bos or ids[-1] != boi: raise ConfigError(f"tokeniser and generation_config disagree on bos {bos} or begin-of-image {boi}: {ids}")
         if len(ids) + self.n_tokens > self.context:
@@ -288,7 +287,7 @@ class _Decoder:
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm, self.eps), gate_up).chunk(2, -1)
         return torch.addmm(x, F.silu(gate) * up, down)
 
-# %% ../nbs/20_policy.ipynb #53cecfd2
+# %% ../nbs/20_policy.ipynb #b941d48e
 @patch
 def prefill(
     self: _Decoder,
@@ -302,13 +301,13 @@ def prefill(
     visible = (mask[:, None, None, :] & eye.new_ones(width, width).tril()) | eye     # [prompt, 1, token, token]
     x, self.prefix, self.mask = self.lm.embed_tokens(ids), [], mask
     for norm1, norm2, qkv, out, gate_up, down in self.layers:
-        q, k, v = (y.transpose(1, 2) for y in self.qkv(x, norm1, qkv, cos, sin))     # [prompt, head, token, size]
+        q, k, v = (y.transpose(1, 2).contiguous() for y in self.qkv(x, norm1, qkv, cos, sin))   # [prompt, head, token, size]
         self.prefix.append((k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
         x = self.finish(x.flatten(0, 1), attended.flatten(0, 1), out, norm2, gate_up, down).view(prompt, width, -1)
     return self.lm.norm(x[:, -1])
 
-# %% ../nbs/20_policy.ipynb #2a7b2ac0
+# %% ../nbs/20_policy.ipynb #b15a1200
 @patch
 def expand(
     self: _Decoder,
@@ -323,7 +322,7 @@ def expand(
     self.length = self.mask.sum(1)[prompt]                                               # [row]: position of the next token
     self.bias = None if self.mask.all() else torch.zeros_like(self.mask, dtype=torch.float).masked_fill(~self.mask, -torch.inf)[block][:, None, None]
     self.group, self.width, self.t = group, self.mask.shape[1], 0
-    shape = len(prompt), self.heads, steps, self.size
+    shape = steps, len(prompt), self.heads, self.size        # token first: a step writes one contiguous slab
     like = self.prefix[0][0]
     self.own = [(like.new_empty(shape), like.new_empty(shape)) for _ in self.layers]
     self.scores = like.new_empty(len(prompt), self.heads, self.width + steps, dtype=torch.float)
@@ -340,11 +339,11 @@ def step(
     for i, (norm1, norm2, qkv, out, gate_up, down) in enumerate(self.layers):
         q, k, v = self.qkv(x, norm1, qkv, cos, sin)                                      # [row, head, size]
         keys, values = self.own[i]
-        keys[:, :, self.t - 1], values[:, :, self.t - 1] = k, v
+        keys[self.t - 1], values[self.t - 1] = k, v
         x = self.finish(x, self.attend(i, q), out, norm2, gate_up, down)
     return self.lm.norm(x)
 
-# %% ../nbs/20_policy.ipynb #5cdeb265
+# %% ../nbs/20_policy.ipynb #13bbd471
 @patch
 def attend(
     self: _Decoder,
@@ -353,18 +352,31 @@ def attend(
 ) -> Float[Tensor, "row width"]:           # attention output, heads joined
     "Attention to the group's shared prefix and to the row's own tokens."
     pk, pv = self.prefix[layer]                                                # [block, head, token, size]
-    keys, values = (y[:, :, : self.t] for y in self.own[layer])                # [row, head, token, size]
+    keys, values = (y[: self.t] for y in self.own[layer])                      # [token, row, head, size]
     rows, w, scores = len(q), self.width, self.scores[..., : self.width + self.t]
     grouped = lambda y: y.view(-1, self.group, *y.shape[1:]).transpose(1, 2)   # [row, head, ...] -> [block, head, group, ...]
     shared = grouped(q) @ pk.transpose(-1, -2)
-    if self.bias is not None: shared = shared + self.bias
-    grouped(scores)[..., :w] = shared
-    own = (keys * q[:, :, None]).sum(-1) if q.is_cpu else (keys @ q[..., None]).squeeze(-1)
-    scores[..., w:] = own
+    grouped(scores)[..., :w] = shared if self.bias is None else shared + self.bias
+    scores[..., w:] = _own_scores(q, keys)
     p = (scores * self.size**-0.5).softmax(-1).to(q.dtype)
     out = (grouped(p[..., :w]) @ pv).transpose(1, 2).reshape(rows, self.heads, self.size)
-    mine = p[..., w:, None]
-    return (out + ((mine * values).sum(-2) if q.is_cpu else (mine.transpose(-1, -2) @ values).squeeze(-2))).flatten(1)
+    return (out + _own_values(p[..., w:], values)).flatten(1)
+
+def _own_scores(
+    q: Float[Tensor, "row head size"],            # queries
+    keys: Float[Tensor, "token row head size"],   # of the rows' own tokens
+) -> Float[Tensor, "row head token"]:             # products
+    "Each row's query against its own keys."
+    if q.is_cpu: return (keys * q).sum(-1).permute(1, 2, 0)
+    return (keys.permute(1, 2, 0, 3) @ q[..., None]).squeeze(-1)
+
+def _own_values(
+    p: Float[Tensor, "row head token"],             # attention weights
+    values: Float[Tensor, "token row head size"],   # of the rows' own tokens
+) -> Float[Tensor, "row head size"]:                # weighted sum
+    "Each row's weights over its own values."
+    if p.is_cpu: return (p.permute(2, 0, 1)[..., None] * values).sum(0)
+    return (p[..., None, :] @ values.permute(1, 2, 0, 3)).squeeze(-2)
 
 # %% ../nbs/20_policy.ipynb #6c05a5ef
 @dataclasses.dataclass
