@@ -1,0 +1,58 @@
+# make reproduce [SCALE=tiny|small|paper|smoke] [CORES=n]   every table and figure, from training to reports/
+# make test                                                 all checks and all library notebooks
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+SCALE ?= tiny
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PY := .venv/bin/python
+STAMP := .venv/.complete
+
+export PYTHONUNBUFFERED := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help reproduce test check zoo bench lab notebooks readme env clean
+
+help:      ## this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+env: $(STAMP)  ## the virtual environment .venv, as pinned in constraints.txt
+
+# torch alone and first: the rest must find it in place instead of choosing a build of its own.
+$(STAMP): constraints.txt settings.ini setup.py pyproject.toml
+	@echo "[1/3] a virtual environment in .venv ($$($(PYTHON) --version))"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@echo "[2/3] torch, the largest part (2 to 5 minutes are left, by your connection)"
+	@$(PY) -m pip install -c constraints.txt torch
+	@echo "[3/3] everything else (about 1 to 2 minutes are left)"
+	@$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+reproduce: $(STAMP)  ## train, evaluate and report at SCALE; goes on where a stopped run ended
+	@$(PY) -m focusdiff.pipeline reproduce $(SCALE) --cores $(CORES)
+
+test: $(STAMP)  ## the house-rule checks, every library notebook, the import time
+	@$(PY) .ci/notebooks.py test
+
+check: $(STAMP)  ## the house-rule checks alone
+	@$(PY) .ci/check.py
+
+zoo: $(STAMP)  ## train the tiny checkpoints of data/zoo again, from nothing
+	@$(PY) -m focusdiff.pipeline run nbs/experiments/60_train_zoo.ipynb out/zoo/notebooks/60_train_zoo.ipynb --threads $(CORES)
+
+bench: $(STAMP)  ## images/s of our roll-out against the generate of transformers
+	@$(PY) -m focusdiff.pipeline run nbs/experiments/70_bench_rollout.ipynb out/bench/notebooks/70_bench_rollout.ipynb --threads $(CORES) --show
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	@$(PY) -m jupyter lab nbs
+
+notebooks: $(STAMP)  ## run the library notebooks and store their outputs
+	@$(PY) .ci/notebooks.py refresh
+
+readme: $(STAMP)  ## README.md from nbs/index.ipynb
+	@$(PY) .ci/notebooks.py readme
+
+clean:     ## forget all runs; the environment and reports/ stay
+	rm -rf out .snakemake

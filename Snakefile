@@ -1,0 +1,122 @@
+"""The graph of the study. `make reproduce SCALE=...` runs it; `snakemake --config scale=small --executor slurm ...` runs it on a cluster.
+
+What is stale is decided by content, not by dates alone. A notebook runs again when
+  - its own file changed (prose included: the executed copy is published),
+  - the code of a module that it imports changed, directly or through another module (a hash without comments and docstrings),
+  - a parameter changed, or a file it reads was made anew.
+So a new word in one report runs that report and the page that shows it, and nothing else.
+"""
+import sys
+from pathlib import Path
+from focusdiff.core import check_scale
+from focusdiff.pipeline import code_version
+
+# ---------------------------------------------------------------------------------------------------------------- what is run
+
+METHODS = ["sft", "grpo", "pair_grpo"]          # each against "base", the checkpoint as it is
+ATTRIBUTION = ["pair_no_joint", "pair_joint_mean_only", "pair_joint_std_only", "pair_no_injection", "pair_positives_only",
+               "pair_negatives_only", "pair_constant_p", "pair_official_logps", "pair_reconstructed_reward"]
+BENCHMARKS = ["geneval-scenes", "t2i-compbench-scenes", "dpg-scenes"]   # besides paircomp-scenes, which every variant gets
+
+RUNS = {  # scale: which variants are trained, with which training seeds
+    "tiny":  dict(methods=METHODS, seeds=[0], attribution=ATTRIBUTION, attribution_seeds=[0], benchmarks=BENCHMARKS),
+    "small": dict(methods=METHODS, seeds=[0, 1, 2, 3, 4], attribution=ATTRIBUTION, attribution_seeds=[0, 1, 2, 3, 4], benchmarks=BENCHMARKS),
+    "paper": dict(methods=METHODS, seeds=[0], attribution=ATTRIBUTION, attribution_seeds=[0], benchmarks=BENCHMARKS),
+    "smoke": dict(methods=METHODS, seeds=[0], attribution=["pair_no_joint"], attribution_seeds=[0], benchmarks=["geneval-scenes"]),
+}
+
+SECONDS = {"61_build_pairs": 60, "62_train_policy": 120, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+
+# What a report reads, if it is not everything: "pairs", "training", or the name of a benchmark.
+REPORT_READS = {
+    "99_index": ["reports"],
+}
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+SCALE = check_scale(config.get("scale", "tiny"))
+RUN, OUT, PYTHON = RUNS[SCALE], f"out/{SCALE}", sys.executable
+SPEED = {"smoke": 0.3, "tiny": 1, "small": 10, "paper": 100}[SCALE]
+ZOO = [p for p in ["data/zoo/manifest.json"] if Path(p).exists() and SCALE != "paper"]
+REPORTS = sorted(p.stem for p in Path("nbs/report").glob("[89]*.ipynb"))
+
+TRAINED = [(v, s) for v in RUN["methods"] for s in RUN["seeds"]] + [(v, s) for v in RUN["attribution"] for s in RUN["attribution_seeds"]]
+EVALUATED = [("paircomp-scenes", v, s) for v, s in [("base", 0), *TRAINED]]
+EVALUATED += [(b, v, s) for b in RUN["benchmarks"] for v, s in [("base", 0), *TRAINED] if v in ["base", *RUN["methods"]]]
+
+PAIRS = [f"{OUT}/pairs/pairs.json", f"{OUT}/pairs/funnel.parquet"]
+TRAINING = [f"{OUT}/train/{v}-{s}/run.json" for v, s in TRAINED]
+SCORES = {b: [f"{OUT}/scores/{b}/{v}-{s}.parquet" for c, v, s in EVALUATED if c == b] for b in ["paircomp-scenes", *RUN["benchmarks"]]}
+EXECUTED = f"{OUT}/notebooks/"
+
+def experiment(stem): return f"nbs/experiments/{stem}.ipynb"
+
+def version(folder, stem):
+    "The code behind a notebook, for Snakemake to compare with the code of the last run."
+    path = Path("nbs") / folder / f"{stem}.ipynb"
+    return code_version(path) if path.exists() else "missing"
+
+def starts_from(wildcards):
+    "SFT starts from the zoo; everything after it starts from the SFT checkpoint of the same seed."
+    return ZOO if wildcards.variant == "sft" else [f"{OUT}/train/sft-{wildcards.seed}/run.json"]
+
+def judged(wildcards):
+    return ZOO if wildcards.variant == "base" else [f"{OUT}/train/{wildcards.variant}-{wildcards.seed}/run.json"]
+
+def report_reads(wildcards):
+    files = {"pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
+    names = REPORT_READS.get(wildcards.stem, ["pairs", "training", *SCORES])
+    return [f for name in names for f in files.get(name, [])]
+
+wildcard_constraints:
+    variant = "[a-z_]+",
+    seed = r"\d+",
+    benchmark = "[a-z0-9_-]*scenes",
+    stem = r"[89]\d_\w+",
+
+# The command that runs one notebook; {resources.seconds} is only a guess for the time left.
+EXECUTE = "{PYTHON} -m focusdiff.pipeline run {input.notebook} {output.notebook} --seconds {resources.seconds} --threads {threads} -p scale {SCALE}"
+
+# ---------------------------------------------------------------------------------------------------------------- the graph
+
+if SCALE == "smoke":   # a check of the machinery: it never touches reports/
+    rule all:
+        input: f"{EXECUTED}99_index.ipynb"
+else:
+    rule all:
+        input: "reports/index.html"
+
+rule build_pairs:
+    input: ZOO, notebook=experiment("61_build_pairs")
+    output: *PAIRS, notebook=f"{EXECUTED}61_build_pairs.ipynb"
+    params: code=version("experiments", "61_build_pairs")
+    resources: seconds=int(SECONDS["61_build_pairs"] * SPEED)
+    priority: 100
+    shell: EXECUTE + " -p seed 0"
+
+rule train_policy:
+    input: starts_from, pairs=PAIRS, notebook=experiment("62_train_policy")
+    output: run=f"{OUT}/train/{{variant}}-{{seed}}/run.json", notebook=f"{EXECUTED}62_train_policy-{{variant}}-{{seed}}.ipynb"
+    params: code=version("experiments", "62_train_policy")
+    resources: seconds=int(SECONDS["62_train_policy"] * SPEED)
+    priority: 50
+    shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed}"
+
+rule evaluate:
+    input: judged, notebook=experiment("63_evaluate")
+    output: scores=f"{OUT}/scores/{{benchmark}}/{{variant}}-{{seed}}.parquet", notebook=f"{EXECUTED}63_evaluate-{{benchmark}}-{{variant}}-{{seed}}.ipynb"
+    params: code=version("experiments", "63_evaluate")
+    resources: seconds=int(SECONDS["63_evaluate"] * SPEED)
+    shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed} -p benchmark {wildcards.benchmark}"
+
+rule report:
+    input: report_reads, notebook="nbs/report/{stem}.ipynb"
+    output: notebook=f"{EXECUTED}{{stem}}.ipynb"
+    params: code=lambda w: version("report", w.stem)
+    resources: seconds=SECONDS["report"]
+    shell: EXECUTE
+
+rule publish:
+    input: f"{EXECUTED}99_index.ipynb", [f"{EXECUTED}{s}.ipynb" for s in REPORTS]
+    output: "reports/index.html"
+    shell: "{PYTHON} -m focusdiff.pipeline publish {OUT} reports"
