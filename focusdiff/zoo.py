@@ -41,15 +41,15 @@ def build_tokenizer() -> Any:  # `PreTrainedTokenizerFast`
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
                                    padding_side="left", model_max_length=128, extra_special_tokens=extra)
 
-# %% ../nbs/02_zoo.ipynb #35862ee0
+# %% ../nbs/02_zoo.ipynb #29607ef4
 _CHAT = "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}" \
         "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 def janus_config(
-    hidden: int = 160,      # width of the language model
+    hidden: int = 128,      # width of the language model
     layers: int = 4,        # its depth
-    heads: int = 5,         # attention heads
-    codes: int = 768,       # VQ codebook entries
+    heads: int = 4,         # attention heads
+    codes: int = 512,       # VQ codebook entries
     code_dim: int = 8,      # of one entry, as in Janus-Pro
     image_size: int = 32,   # pixels
     levels: tuple = (1, 1, 1, 2),  # VQ channel multipliers; each level after the first halves the picture
@@ -57,12 +57,12 @@ def janus_config(
     "The configuration of a Janus as small as you like."
     from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
     tokenizer, grid = build_tokenizer(), image_size // 2 ** (len(levels) - 1)
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=int(hidden * 2.8), num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-                       max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=int(hidden * 2.75), num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                       max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.06, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     vision = JanusVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=image_size, patch_size=image_size // grid, projection_dim=hidden,
-                               mlp_ratio=2.0, num_image_tokens=grid**2)
+                               mlp_ratio=2.0, num_image_tokens=grid**2, initializer_range=0.06)
     vq = JanusVQVAEConfig(embed_dim=code_dim, num_embeddings=codes, latent_channels=64, base_channels=32, channel_multiplier=list(levels), num_res_blocks=1,
-                          projection_dim=hidden, image_token_embed_dim=hidden, num_patches=grid)
+                          projection_dim=hidden, image_token_embed_dim=hidden, num_patches=grid, initializer_range=0.05)
     return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=tokenizer.image_token_id, tie_word_embeddings=True)
 
 # %% ../nbs/02_zoo.ipynb #9158ae24
@@ -94,7 +94,7 @@ def build_tiny_janus(
         generation_kwargs={"boi_token_id": ids("<boi>"), "uncond_pads": "visible"})
     return model.eval(), processor
 
-# %% ../nbs/02_zoo.ipynb #8de97ea9
+# %% ../nbs/02_zoo.ipynb #3cf70361
 def build_tiny_llava(
     seed: int = 0,          # of the random weights
     hidden: int = 128,      # width of the language model
@@ -105,9 +105,9 @@ def build_tiny_llava(
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8, projection_dim=96)
+    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8, projection_dim=96, initializer_range=0.06)
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=int(hidden * 2.75), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-                       max_position_embeddings=192, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+                       max_position_embeddings=192, initializer_range=0.06, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id, image_seq_length=16, vision_feature_layer=-1, vision_feature_select_strategy="default")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def build_tiny_llava(
     pictures = CLIPImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
     return model.eval(), LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=_CHAT)
 
-# %% ../nbs/02_zoo.ipynb #26bc314d
+# %% ../nbs/02_zoo.ipynb #758a4b1b
 def build_tiny_paligemma(
     seed: int = 0,       # of the random weights
     hidden: int = 128,   # width of the language model
@@ -131,7 +131,7 @@ def build_tiny_paligemma(
     processor = PaliGemmaProcessor(pictures, tokenizer, chat_template=_CHAT)
     vision = SiglipVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8, vision_use_head=False, projection_dim=hidden)
     text = GemmaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=int(hidden * 2.75), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                       max_position_embeddings=192, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+                       max_position_embeddings=192, initializer_range=0.06, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id, projection_dim=hidden, hidden_size=hidden, vocab_size=len(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
