@@ -4,10 +4,11 @@
 __all__ = ['SHAPES', 'COLORS', 'SIZES', 'FILLS', 'TONES', 'STYLES', 'LETTERS', 'NUMBERS', 'GRID', 'CELL', 'SIDE', 'MAX_THINGS',
            'RGB', 'GROUND', 'INK', 'HELD_OUT', 'THING_KINDS', 'N_THINGS', 'N_LETTERS', 'N_STYLES', 'N_PATCHES',
            'PATCHES', 'TOLERANCE', 'RELATIONS', 'Facts', 'EDIT_KINDS', 'FAULTS', 'PAIR_KINDS', 'Thing', 'Scene',
-           'check_scene', 'thing_alpha', 'letter_alpha', 'ground_patch', 'scene_cells', 'render', 'sample_scene',
-           'Readings', 'read_images', 'reading_to_scene', 'Noun', 'Fact', 'fact_share', 'holds', 'write_caption',
-           'caption_facts', 'describe', 'caption_scene', 'scene_from_facts', 'oracle_scores', 'Edit', 'propose_edit',
-           'apply_edit', 'faulty_edit', 'corrupt_image', 'sample_fact_pair', 'sample_prompt_pair']
+           'check_scene', 'thing_alpha', 'letter_alpha', 'ground_patch', 'scene_cells', 'draw_cells', 'render',
+           'sample_scene', 'Readings', 'read_images', 'reading_to_scene', 'Noun', 'Fact', 'fact_share', 'holds',
+           'write_caption', 'caption_facts', 'describe', 'caption_scene', 'scene_from_facts', 'oracle_scores', 'Edit',
+           'propose_edit', 'apply_edit', 'faulty_edit', 'corrupt_image', 'vary_facts', 'sample_fact_pair',
+           'sample_prompt_pair']
 
 # %% ../nbs/01_scenes.ipynb #50d73823
 import re
@@ -132,7 +133,7 @@ def _patch_table() -> np.ndarray:  # uint8 [tone, patch, CELL, CELL, 3]
 
 PATCHES = _patch_table()
 
-# %% ../nbs/01_scenes.ipynb #8eeaf9c9
+# %% ../nbs/01_scenes.ipynb #503fd050
 def scene_cells(
     scene: Scene,  # a drawable scene
 ) -> np.ndarray:   # int [GRID * GRID], patch index of each cell in reading order
@@ -142,14 +143,20 @@ def scene_cells(
     for col, letter in enumerate(scene.glyph): cells[(GRID - 1) * GRID + col] = N_THINGS + LETTERS.index(letter)
     return cells
 
+def draw_cells(
+    tones: np.ndarray,  # int [batch], index into `TONES`
+    cells: np.ndarray,  # int [batch, 16], patch of each cell
+) -> np.ndarray:        # uint8 [batch, 32, 32, 3]
+    "Draw pictures cell by cell."
+    patches = PATCHES[np.asarray(tones)[:, None], cells].reshape(-1, GRID, GRID, CELL, CELL, 3)   # [batch, row, col, y, x, 3]
+    return np.ascontiguousarray(patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIDE, SIDE, 3))
+
 def render(
     scenes: Sequence[Scene],  # any number of drawable scenes
 ) -> np.ndarray:              # uint8 [batch, 32, 32, 3]
     "Draw scenes."
-    cells = np.stack([scene_cells(s) for s in scenes])                                    # [batch, 16]
-    tones = np.array([TONES.index(s.tone) for s in scenes])
-    patches = PATCHES[tones[:, None], cells].reshape(-1, GRID, GRID, CELL, CELL, 3)       # [batch, row, col, y, x, 3]
-    return np.ascontiguousarray(patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIDE, SIDE, 3))
+    if not len(scenes): return np.zeros((0, SIDE, SIDE, 3), np.uint8)
+    return draw_cells(np.array([TONES.index(s.tone) for s in scenes]), np.stack([scene_cells(s) for s in scenes]))
 
 # %% ../nbs/01_scenes.ipynb #b674e7cd
 def _choose(rng: np.random.Generator, words: Sequence) -> object: return words[int(rng.integers(len(words)))]
@@ -520,14 +527,19 @@ def corrupt_image(
     "Spoil a picture with heavy noise."
     return np.clip(image + rng.normal(0, strength, image.shape), 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_scenes.ipynb #0fcfb5bc
+# %% ../nbs/01_scenes.ipynb #a4284925
 PAIR_KINDS = ("appearance", "color", "counting", "position", "style", "text")
 
 def _swap_noun(facts: Facts, old: Noun, new: Noun) -> Facts:
     swap = lambda n: new if n == old else n
     return tuple(replace(f, noun=swap(f.noun), other=swap(f.other)) for f in facts)
 
-def _vary(facts: Facts, kind: str, rng: np.random.Generator) -> tuple[Facts, Facts] | None:  # both sides, or None when these facts offer no such change
+def vary_facts(
+    facts: Facts,              # of one caption
+    kind: str,                 # of `PAIR_KINDS`
+    rng: np.random.Generator,  # picks the change
+) -> tuple[Facts, Facts] | None:  # the facts and their variation; None when they offer no such change
+    "Change one thing that a caption says."
     counts = [f for f in facts if f.kind == "count"]
     of = lambda k: [f for f in facts if f.kind == k]
     one = _choose(rng, counts)
@@ -553,7 +565,7 @@ def _vary(facts: Facts, kind: str, rng: np.random.Generator) -> tuple[Facts, Fac
     new = replace(one.noun, **{field: _other(rng, words, getattr(one.noun, field))})
     return (facts, _swap_noun(facts, one.noun, new)) if new not in [f.noun for f in counts] else None
 
-# %% ../nbs/01_scenes.ipynb #89868f67
+# %% ../nbs/01_scenes.ipynb #44939f07
 def _vary_presence(facts: Facts) -> tuple[Facts, Facts] | None:  # "a circle and a square" against "a circle without any squares"
     counts = [f for f in facts if f.kind == "count"]
     if len(counts) != 2 or counts[1].value != 1 or counts[0].noun.shape == counts[1].noun.shape or any(f.kind in ("absent", "relation") for f in facts): return None
@@ -575,7 +587,7 @@ def sample_fact_pair(
         n = 2 if kind == "position" or presence else int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2]))
         scene = sample_scene(rng, n, held_out, glyph=True if kind == "text" else bool(rng.random() < 0.1))
         facts = describe(scene, rng, absent=0.0)
-        pair = _vary_presence(facts) if presence else _vary(facts, kind, rng)
+        pair = _vary_presence(facts) if presence else vary_facts(facts, kind, rng)
         if not pair: continue
         nouns = [n for side in pair for f in side for n in (f.noun, f.other) if n and f.kind == "count"]
         if held_out or not any((n.color, n.shape) in HELD_OUT for n in nouns): return pair if rng.random() < 0.5 or presence else pair[::-1]
