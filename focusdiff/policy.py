@@ -14,8 +14,9 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-# %% ../nbs/20_policy.ipynb #c1148671
+# %% ../nbs/20_policy.ipynb #0d986f3d
 from .core import ConfigError, DataError, derive_seed, pick_device
+from .decoder import Decoder, check_llama
 
 # %% ../nbs/20_policy.ipynb #8451dcb4
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +98,14 @@ class JanusPolicy(nn.Module):
         "Device of the weights."
         return self.model.device
 
-# %% ../nbs/20_policy.ipynb #514f0a80
+# %% ../nbs/20_policy.ipynb #494746da
 def _check_janus(model: Any) -> None:  # raises ConfigError
-    "Refuse a checkpoint whose blocks `_Decoder` would compute wrongly."
-    if getattr(model.config, "model_type", None) != "janus":
-        raise ConfigError(f"expected a Janus checkpoint, got model type {getattr(model.config, 'model_type', None)!r}")
-    text, vq = model.config.text_config, model.config.vq_config
-    wanted = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0)
-    for name, value in wanted.items():
-        if getattr(text, name) != value: raise ConfigError(f"language model has {name}={getattr(text, name)!r}; only {value!r} is supported")
-    tokens = model.config.vision_config.num_image_tokens
-    if tokens != vq.num_patches**2:
-        raise ConfigError(f"num_image_tokens is {tokens}, but the VQ grid has {vq.num_patches} x {vq.num_patches} codes")
+    "Refuse what is no Janus, or one whose parts do not fit."
+    kind = getattr(model.config, "model_type", None)
+    if kind != "janus": raise ConfigError(f"expected a Janus checkpoint, got model type {kind!r}")
+    check_llama(model.config.text_config)
+    tokens, grid = model.config.vision_config.num_image_tokens, model.config.vq_config.num_patches
+    if tokens != grid**2: raise ConfigError(f"num_image_tokens is {tokens}, but the VQ grid has {grid} x {grid} codes")
 
 def _special_tokens(**ids: Any) -> tuple[int, ...]:  # bos, pad, begin of image
     "The three token ids that an unconditional row is made of."
@@ -250,134 +247,6 @@ def _check_tokens(self: JanusPolicy, prompts: list[str], tokens: Tensor) -> None
     if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocabulary):
         raise DataError(f"image tokens must lie in 0..{self.vocabulary - 1}, got {int(tokens.min())}..{int(tokens.max())}")
 
-# %% ../nbs/20_policy.ipynb #6eca0a5e
-class _Decoder:
-    "LLaMA blocks over fused copies of a language model's weights, with a fixed cache."
-    def __init__(self, lm: nn.Module):  # `LlamaModel`
-        c = lm.config
-        self.lm, self.eps = lm, c.rms_norm_eps
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        self.layers = []
-        for layer in lm.layers:
-            a, m = layer.self_attn, layer.mlp
-            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
-            gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight])
-            norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            self.layers.append((*norms, qkv, a.o_proj.weight.t(), gate_up, m.down_proj.weight.t()))
-
-    def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        "cos and sin, [row, 1, size] for one position a row; sin carries the sign of the rotated halves."
-        cos, sin = self.lm.rotary_emb(self.lm.embed_tokens.weight[:1], position)
-        sin = torch.cat([-sin[..., : self.size // 2], sin[..., self.size // 2:]], -1)
-        return cos.unsqueeze(-2), sin.unsqueeze(-2)
-
-    def qkv(self, x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Rotated queries and keys, and values, each [..., head, size]; keys and values repeated for grouped queries."
-        y = F.linear(F.rms_norm(x, x.shape[-1:], norm, self.eps), weight).unflatten(-1, (-1, self.size))
-        qk, v = y.split([self.heads + self.kv_heads, self.kv_heads], -2)
-        qk = torch.addcmul(qk * cos, qk.roll(self.size // 2, -1), sin)
-        q, k = qk.split([self.heads, self.kv_heads], -2)
-        repeat = self.heads // self.kv_heads
-        return (q, k, v) if repeat == 1 else (q, k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2))
-
-    def finish(self, x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        "Output projection and SwiGLU, each added to the residual; x and attended are [row, width]."
-        x = torch.addmm(x, attended, out)
-        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm, self.eps), gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate) * up, down)
-
-# %% ../nbs/20_policy.ipynb #b941d48e
-@patch
-def prefill(
-    self: _Decoder,
-    ids: Int[Tensor, "prompt token"],    # left-padded prefixes
-    mask: Bool[Tensor, "prompt token"],  # True where real
-) -> Float[Tensor, "prompt width"]:      # last hidden state
-    "Run the distinct prefixes once and keep their keys and values, [prompt, head, token, size] a layer."
-    cos, sin = self.rotary((mask.cumsum(1) - 1).clamp(min=0))
-    prompt, width = ids.shape
-    eye = torch.eye(width, dtype=torch.bool, device=ids.device)                      # a pad sees itself: no empty softmax
-    visible = (mask[:, None, None, :] & eye.new_ones(width, width).tril()) | eye     # [prompt, 1, token, token]
-    x, self.prefix, self.mask = self.lm.embed_tokens(ids), [], mask
-    for norm1, norm2, qkv, out, gate_up, down in self.layers:
-        q, k, v = (y.transpose(1, 2).contiguous() for y in self.qkv(x, norm1, qkv, cos, sin))   # [prompt, head, token, size]
-        self.prefix.append((k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
-        x = self.finish(x.flatten(0, 1), attended.flatten(0, 1), out, norm2, gate_up, down).view(prompt, width, -1)
-    return self.lm.norm(x[:, -1])
-
-# %% ../nbs/20_policy.ipynb #b15a1200
-@patch
-def expand(
-    self: _Decoder,
-    prompt: Int[Tensor, "row"],  # the prefix of each row, sorted; every prefix has a multiple of `group` rows
-    group: int,                  # rows that attend to one copy of a prefix
-    steps: int,                  # tokens to come
-) -> None:
-    "Hand every group its prefix and set up the rows' own buffers."
-    block = prompt[::group]
-    same = torch.equal(block, torch.arange(len(self.mask), device=block.device))
-    self.prefix = [(k, v) if same else (k[block], v[block]) for k, v in self.prefix]
-    self.length = self.mask.sum(1)[prompt]                                               # [row]: position of the next token
-    self.bias = None if self.mask.all() else torch.zeros_like(self.mask, dtype=torch.float).masked_fill(~self.mask, -torch.inf)[block][:, None, None]
-    self.group, self.width, self.t = group, self.mask.shape[1], 0
-    shape = steps, len(prompt), self.heads, self.size        # token first: a step writes one contiguous slab
-    like = self.prefix[0][0]
-    self.own = [(like.new_empty(shape), like.new_empty(shape)) for _ in self.layers]
-    self.scores = like.new_empty(len(prompt), self.heads, self.width + steps, dtype=torch.float)
-
-@patch
-def step(
-    self: _Decoder,
-    x: Float[Tensor, "row width"],      # embedding of the token just drawn
-) -> Float[Tensor, "row width"]:        # hidden state that predicts the next one
-    "One token for every row."
-    cos, sin = self.rotary((self.length + self.t)[:, None])
-    cos, sin = cos[:, 0], sin[:, 0]
-    self.t += 1
-    for i, (norm1, norm2, qkv, out, gate_up, down) in enumerate(self.layers):
-        q, k, v = self.qkv(x, norm1, qkv, cos, sin)                                      # [row, head, size]
-        keys, values = self.own[i]
-        keys[self.t - 1], values[self.t - 1] = k, v
-        x = self.finish(x, self.attend(i, q), out, norm2, gate_up, down)
-    return self.lm.norm(x)
-
-# %% ../nbs/20_policy.ipynb #13bbd471
-@patch
-def attend(
-    self: _Decoder,
-    layer: int,                            # which cache
-    q: Float[Tensor, "row head size"],     # queries
-) -> Float[Tensor, "row width"]:           # attention output, heads joined
-    "Attention to the group's shared prefix and to the row's own tokens."
-    pk, pv = self.prefix[layer]                                                # [block, head, token, size]
-    keys, values = (y[: self.t] for y in self.own[layer])                      # [token, row, head, size]
-    rows, w, scores = len(q), self.width, self.scores[..., : self.width + self.t]
-    grouped = lambda y: y.view(-1, self.group, *y.shape[1:]).transpose(1, 2)   # [row, head, ...] -> [block, head, group, ...]
-    shared = grouped(q) @ pk.transpose(-1, -2)
-    grouped(scores)[..., :w] = shared if self.bias is None else shared + self.bias
-    scores[..., w:] = _own_scores(q, keys)
-    p = (scores * self.size**-0.5).softmax(-1).to(q.dtype)
-    out = (grouped(p[..., :w]) @ pv).transpose(1, 2).reshape(rows, self.heads, self.size)
-    return (out + _own_values(p[..., w:], values)).flatten(1)
-
-def _own_scores(
-    q: Float[Tensor, "row head size"],            # queries
-    keys: Float[Tensor, "token row head size"],   # of the rows' own tokens
-) -> Float[Tensor, "row head token"]:             # products
-    "Each row's query against its own keys."
-    if q.is_cpu: return (keys * q).sum(-1).permute(1, 2, 0)
-    return (keys.permute(1, 2, 0, 3) @ q[..., None]).squeeze(-1)
-
-def _own_values(
-    p: Float[Tensor, "row head token"],             # attention weights
-    values: Float[Tensor, "token row head size"],   # of the rows' own tokens
-) -> Float[Tensor, "row head size"]:                # weighted sum
-    "Each row's weights over its own values."
-    if p.is_cpu: return (p.permute(2, 0, 1)[..., None] * values).sum(0)
-    return (p[..., None, :] @ values.permute(1, 2, 0, 3)).squeeze(-2)
-
 # %% ../nbs/20_policy.ipynb #6c05a5ef
 @dataclasses.dataclass
 class Rollout:
@@ -411,13 +280,13 @@ def rollout(
         logps[:, t] = law.gather(1, tokens[:, t : t + 1]).squeeze(1)
     return Rollout(list(prompts), tokens, logps, list(seeds), sampling)
 
-# %% ../nbs/20_policy.ipynb #1dcbdfbb
+# %% ../nbs/20_policy.ipynb #85ad33d5
 @patch
 def _start(
     self: JanusPolicy,
     prompts: list[str],  # one a row
     guided: bool,        # also run the unconditional rows
-) -> tuple[Tensor, Tensor, _Decoder, Tensor]:  # order of rows inside the decoder, its inverse, the decoder, first hidden states
+) -> tuple[Tensor, Tensor, Decoder, Tensor]:  # order of rows inside the decoder, its inverse, the decoder, first hidden states
     "Prefill the distinct prefixes and lay the rows out so that equal prefixes are neighbours."
     prefixes = self.prompt_ids(prompts)
     if guided: prefixes = prefixes + [self._uncond_ids(p) for p in prefixes]
@@ -425,7 +294,7 @@ def _start(
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     owner = torch.tensor([number[key] for key in keys], device=self.device)
     order = owner.argsort(stable=True)
-    decoder = _Decoder(self.model.model.language_model)
+    decoder = Decoder(self.model.model.language_model)
     hidden = decoder.prefill(*_pad([list(k) for k in number], self.special[1], "left", self.device))
     decoder.expand(owner[order], math.gcd(*owner.bincount().tolist()), self.n_tokens)
     return order, order.argsort(), decoder, hidden[owner[order]]
