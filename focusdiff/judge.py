@@ -6,8 +6,8 @@ __all__ = ['QUESTION', 'REWARD_QUESTION', 'OFFICIAL_QUESTION', 'Images', 'Questi
            'parameter_digest', 'checkpoint_digest', 'load_vlm_judge', 'read_cache', 'CachedJudge', 'read_logprobs',
            'ServerJudge', 'load_judge']
 
-# %% ../nbs/11_judge.ipynb #f1bf9888
-import base64, hashlib, io, json, math, os, random, re, time
+# %% ../nbs/11_judge.ipynb #fcedb0b7
+import base64, hashlib, inspect, io, json, math, os, random, re, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,6 +16,7 @@ from typing import Any, Callable, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int, UInt8
 
 from .core import ConfigError, DataError, derive_seed, image_hash, pick_device
@@ -62,11 +63,11 @@ def yes_no_score(
     score = (1 if log_yes >= log_no else small) / (1 + small)
     return score if round_to is None else round(score, round_to)
 
-# %% ../nbs/11_judge.ipynb #374f24de
+# %% ../nbs/11_judge.ipynb #afc10839
 def score_logits(
     logits: Float[torch.Tensor, "batch vocabulary"],  # at the first answer position
-    yes: Int[torch.Tensor, "yes"],                    # token ids that mean yes
-    no: Int[torch.Tensor, "no"],                      # token ids that mean no
+    yes: Int[torch.Tensor, " yes"],                    # token ids that mean yes
+    no: Int[torch.Tensor, " no"],                      # token ids that mean no
     question: Question = Question(),                  # its `top_k` and `round_to` apply
 ) -> list[float | Failed]:                            # one per row
     "Score each row of first-answer logits."
@@ -78,7 +79,7 @@ def score_logits(
     masses = torch.stack([logits[:, yes].logsumexp(1), logits[:, no].logsumexp(1)], 1).tolist()
     return [yes_no_score(math.nan if bad else y, n, question.round_to) for bad, (y, n) in zip(broken.tolist(), masses)]
 
-# %% ../nbs/11_judge.ipynb #cc33b998
+# %% ../nbs/11_judge.ipynb #cc756621
 Images = UInt8[np.ndarray, "batch height width channel=3"] | list[UInt8[np.ndarray, "_ _ channel=3"]]  # a list where sizes differ
 
 @runtime_checkable
@@ -103,11 +104,12 @@ def settle(
     "Let only finite numbers in [0, 1] through."
     if isinstance(outcome, Failed): return outcome
     if outcome is None: return Failed("no score")
-    if not isinstance(outcome, (int, float, np.number)) or isinstance(outcome, bool): return Failed(f"not a number: {type(outcome).__name__}")
+    number = isinstance(outcome, (int, float, np.number)) and not isinstance(outcome, bool)
+    if not number: return Failed(f"not a number: {type(outcome).__name__}")
     if not math.isfinite(outcome): return Failed("score is not finite")
     return float(outcome) if 0 <= outcome <= 1 else Failed("score outside [0, 1]")
 
-# %% ../nbs/11_judge.ipynb #b2831b81
+# %% ../nbs/11_judge.ipynb #ed195286
 class BaseJudge:
     "Asks each distinct question once and counts failures; subclasses define `judge`."
     def __init__(
@@ -131,10 +133,10 @@ class BaseJudge:
         keys = pair_keys(images, prompts)
         rows = {key: row for row, key in reversed(list(enumerate(keys)))}          # distinct question -> its first row
         if not rows: return []
-        outcomes = [settle(o) for o in self.judge([images[r] for r in rows.values()], [prompts[r] for r in rows.values()])]
+        outcomes = self.judge([images[r] for r in rows.values()], [prompts[r] for r in rows.values()])
         if len(outcomes) != len(rows): raise DataError(f"judge {self.name} gave {len(outcomes)} scores for {len(rows)} questions")
-        self.failures.update(o.reason for o in outcomes if isinstance(o, Failed))
-        known = dict(zip(rows, outcomes))
+        known = {key: settle(o) for key, o in zip(rows, outcomes)}
+        self.failures.update(o.reason for o in known.values() if isinstance(o, Failed))
         return [None if isinstance(known[key], Failed) else known[key] for key in keys]
 
 # %% ../nbs/11_judge.ipynb #693a3526
@@ -146,15 +148,15 @@ class OracleJudge(BaseJudge):
 
     def judge(self, images, prompts): return oracle_scores(np.stack(images), prompts, soft=self.soft).tolist()
 
-# %% ../nbs/11_judge.ipynb #fb140bdf
+# %% ../nbs/11_judge.ipynb #7a78b903
 def answer_ids(
     tokenizer: Any,           # of the judge
     words: tuple[str, ...],   # such as `Question.yes`
-) -> Int[torch.Tensor, "word"]:  # one id per word
+) -> Int[torch.Tensor, " word"]:  # one id per word
     "Token ids of answer words; a word that is not one known token is a `ConfigError`."
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     bad = [w for w, i in zip(words, ids) if len(i) != 1 or i[0] == tokenizer.unk_token_id]
-    if bad: raise ConfigError(f"answer {bad[0]!r} is not a single token of this judge: name the answers it knows in Question(yes=..., no=...)")
+    if bad: raise ConfigError(f"answer {bad[0]!r} is not a single token of this judge: name answers it knows in Question(yes=..., no=...)")
     return torch.tensor([i[0] for i in ids])
 
 def question_text(
@@ -166,10 +168,10 @@ def question_text(
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     token = getattr(processor, "image_token", None)
-    if token is None: raise ConfigError(f"{type(processor).__name__} has neither a chat template nor an image token: no way to show it an image")
+    if token is None: raise ConfigError(f"{type(processor).__name__} has neither chat template nor image token: it cannot see images")
     return f"{token}{text}"
 
-# %% ../nbs/11_judge.ipynb #971c33c1
+# %% ../nbs/11_judge.ipynb #52ac5147
 class VLMJudge(BaseJudge):
     "A local vision-language model, asked with one forward pass."
     def __init__(
@@ -185,7 +187,7 @@ class VLMJudge(BaseJudge):
         self.model, self.processor, self.question, self.batch_size = model.eval(), processor, question, batch_size
         self.yes, self.no = (answer_ids(processor.tokenizer, words).to(model.device) for words in (question.yes, question.no))
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        self.slices_logits = "logits_to_keep" in model.forward.__code__.co_varnames
+        self.slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
 def parameter_digest(
     model: torch.nn.Module,  # any
@@ -196,36 +198,48 @@ def parameter_digest(
         total.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:12]
 
-# %% ../nbs/11_judge.ipynb #8f85b704
-def _inputs(self: VLMJudge, images: list[np.ndarray], prompts: list[str]) -> dict:  # what the model's forward takes, on its device
+# %% ../nbs/11_judge.ipynb #cc8d168c
+@patch
+def inputs(
+    self: VLMJudge,
+    images: list[np.ndarray],  # RGB
+    prompts: list[str],        # one per image
+) -> dict:                     # what the model's forward takes, on its device
+    "Questions about images as one right-padded batch."
     from PIL import Image
     texts = [question_text(self.processor, self.question.ask(p)) for p in prompts]
     bos = self.processor.tokenizer.bos_token
     special = not (bos and texts[0].startswith(bos))                               # a chat template may already write it
     batch = self.processor(images=[Image.fromarray(i) for i in images], text=texts, return_tensors="pt",
-                           padding=True, padding_side="right", add_special_tokens=special).to(self.model.device, self.model.dtype)
-    return {k: v for k, v in batch.items() if k != "labels"}
+                           padding=True, padding_side="right", add_special_tokens=special)
+    return {k: v for k, v in batch.to(self.model.device, self.model.dtype).items() if k != "labels"}
 
+@patch
 @torch.inference_mode()
-def _answer_logits(self: VLMJudge, inputs: dict) -> Float[torch.Tensor, "batch vocabulary"]:  # at each row's last token
+def answer_logits(
+    self: VLMJudge,
+    inputs: dict,                                 # from `inputs`
+) -> Float[torch.Tensor, "batch vocabulary"]:     # at each row's last token, where the answer would start
+    "One forward pass, read at the first answer position."
     last = inputs["attention_mask"].sum(1) - 1
     kept = last.unique()
     if self.slices_logits: logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits
     else: logits = self.model(**inputs, use_cache=False).logits[:, kept]
     return logits[torch.arange(len(last)), torch.searchsorted(kept, last)]
 
-def _judge(self: VLMJudge, images: list[np.ndarray], prompts: list[str]) -> list[float | Failed]:
-    outcomes = []
+# %% ../nbs/11_judge.ipynb #6987b84b
+@patch
+def judge(self: VLMJudge, images: list[np.ndarray], prompts: list[str]) -> list[float | Failed]:
+    "Scores, a batch at a time; a question over the judge's context fails."
+    outcomes, too_long = [], Failed(f"the question is longer than the judge's context of {self.context} tokens")
     for start in range(0, len(images), self.batch_size):
-        inputs = self._inputs(images[start:start + self.batch_size], prompts[start:start + self.batch_size])
-        scores = score_logits(self._answer_logits(inputs), self.yes, self.no, self.question)
-        fits = (inputs["attention_mask"].sum(1) <= self.context).tolist()
-        outcomes += [s if ok else Failed(f"the question is longer than the judge's context of {self.context} tokens") for s, ok in zip(scores, fits)]
+        inputs = self.inputs(images[start:start + self.batch_size], prompts[start:start + self.batch_size])
+        scores = score_logits(self.answer_logits(inputs), self.yes, self.no, self.question)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        outcomes += [score if n <= self.context else too_long for score, n in zip(scores, lengths)]
     return outcomes
 
-VLMJudge._inputs, VLMJudge._answer_logits, VLMJudge.judge = _inputs, _answer_logits, _judge
-
-# %% ../nbs/11_judge.ipynb #b00ea019
+# %% ../nbs/11_judge.ipynb #38f95d3d
 def checkpoint_digest(
     path: str,   # local folder or hub id, as `resolve` gives it
     model: Any,  # the model loaded from it
@@ -245,17 +259,18 @@ def load_vlm_judge(
     path = resolve(name)
     try: processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except ImportError as e:
-        raise ConfigError(f"the processor of {name} needs a package that is missing (often torchvision, in the build that fits your torch): {e}") from e
+        raise ConfigError(f"the processor of {name} needs a missing package, often torchvision in the build for your torch: {e}") from e
     model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", trust_remote_code=False).to(device or pick_device())
     return VLMJudge(model, processor, question, batch_size, Path(name).name, checkpoint_digest(path, model))
 
-# %% ../nbs/11_judge.ipynb #125305c2
+# %% ../nbs/11_judge.ipynb #df4d60a8
 def read_cache(
     path: Path,                               # JSON lines of image, prompt, score
 ) -> tuple[dict[tuple[str, str], float], int]:  # scores by (image hash, prompt), number of damaged lines
     "Read a score cache; lines that a kill cut short are skipped and counted."
     scores, damaged = {}, 0
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().split("\n") if path.exists() else ():
+        if not line: continue
         try:
             row = json.loads(line)
             scores[row["image"], row["prompt"]] = float(row["score"])
@@ -278,29 +293,35 @@ class CachedJudge:
     @property
     def failures(self) -> Counter: return getattr(self.judge, "failures", Counter())
 
-    def _keep(self, new: dict) -> None:
-        self.scores.update(new)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as f:
-            cut = f.tell() and f.seek(-1, os.SEEK_END) is not None and f.read(1) != b"\n"   # a killed writer left half a line
-            lines = "".join(json.dumps({"image": i, "prompt": p, "score": s}) + "\n" for (i, p), s in new.items())
-            f.write(("\n" * bool(cut) + lines).encode())
+    def score(
+        self,
+        images: Images,          # RGB
+        prompts: list[str],      # one per image
+    ) -> list[float | None]:     # as the judge gave them, now or earlier
+        "Score every image against its prompt, asking only what is not known yet."
+        keys = pair_keys(images, prompts)
+        new = {key: row for row, key in enumerate(keys) if key not in self.scores}
+        rows = sorted(new.values())
+        for start in range(0, len(rows), self.chunk):
+            part = rows[start:start + self.chunk]
+            got = self.judge.score([images[r] for r in part], [prompts[r] for r in part])
+            self.keep({keys[r]: settle(s) for r, s in zip(part, got, strict=True)})
+        self.misses, self.hits = self.misses + len(rows), self.hits + len(keys) - len(rows)
+        return [self.scores.get(key) for key in keys]
 
-# %% ../nbs/11_judge.ipynb #471d6134
-def _cached_score(self: CachedJudge, images: Images, prompts: list[str]) -> list[float | None]:
-    "Score every image against its prompt, asking only what is not known yet."
-    keys = pair_keys(images, prompts)
-    first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self.scores}
-    rows = list(first.values())[::-1]
-    for start in range(0, len(rows), self.chunk):
-        part = rows[start:start + self.chunk]
-        got = self.judge.score([images[r] for r in part], [prompts[r] for r in part])
-        if new := {keys[r]: settle(s) for r, s in zip(part, got, strict=True) if not isinstance(settle(s), Failed)}: self._keep(new)
-    self.misses += len(rows)
-    self.hits += len(keys) - len(rows)
-    return [self.scores.get(key) for key in keys]
-
-CachedJudge.score = _cached_score
+# %% ../nbs/11_judge.ipynb #a78aeb5a
+@patch
+def keep(
+    self: CachedJudge,
+    outcomes: dict[tuple[str, str], float | Failed],  # by (image hash, prompt)
+) -> None:                                            # failures are left out
+    "Remember scores, in memory and on disk."
+    new = {key: o for key, o in outcomes.items() if not isinstance(o, Failed)}
+    self.scores.update(new)
+    if not new: return
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"image": image, "prompt": prompt, "score": score}) for (image, prompt), score in new.items()]
+    with open(self.path, "ab", buffering=0) as f: f.write("\n".join(["", *lines, ""]).encode())  # one write: writers do not mix lines
 
 # %% ../nbs/11_judge.ipynb #16940bf9
 def read_logprobs(
@@ -317,9 +338,13 @@ def read_logprobs(
     logs = [math.log(m) if m > 0 else -math.inf for m in (mass(question.yes), mass(question.no))]
     return yes_no_score(*logs, question.round_to)
 
-# %% ../nbs/11_judge.ipynb #d7c3130d
+# %% ../nbs/11_judge.ipynb #05317c75
 _RETRY = {408, 409, 425, 429} | set(range(500, 600))
-_HOPELESS = {401: "the key is refused: set OPENAI_API_KEY", 403: "the key may not use this model", 404: "no such address or model: check the base address (it ends in /v1) and the model name"}
+_HOPELESS = {
+    401: "the key is refused: set OPENAI_API_KEY",
+    403: "the key may not use this model",
+    404: "no such address or model: check the base address (it ends in /v1) and the model name",
+}
 
 class ServerJudge(BaseJudge):
     "A model behind an OpenAI-compatible chat-completions server that reports `top_logprobs`."
@@ -337,22 +362,37 @@ class ServerJudge(BaseJudge):
         sleep: Callable[[float], None] = time.sleep,  # how to wait
     ):
         if question.top_k is not None and question.top_k > top_logprobs:
-            raise ConfigError(f"top_k {question.top_k} but the server lists {top_logprobs} tokens: raise top_logprobs (vLLM: --max-logprobs) or lower top_k")
+            raise ConfigError(f"top_k {question.top_k} but the server lists {top_logprobs} tokens: lower top_k, or raise top_logprobs"
+                              " (vLLM: --max-logprobs)")
         super().__init__(model, "server", revision, top_logprobs, asdict(question))
         self.url, self.model, self.question, self.top_logprobs = url.rstrip("/"), model, question, top_logprobs
         self.workers, self.attempts, self.timeout, self.backoff, self.sleep = workers, attempts, timeout, backoff, sleep
-        self.retries, self.random = Counter(), random.Random(derive_seed("backoff", model))   # retries: reason -> times
+        self.retries, self.lock = Counter(), threading.Lock()                      # retries: reason -> times
+        self.random = random.Random(derive_seed("backoff", model))
 
-# %% ../nbs/11_judge.ipynb #2dbc0187
-def _request(self: ServerJudge, image: np.ndarray, prompt: str) -> dict:  # body of the request
+# %% ../nbs/11_judge.ipynb #0c78d5df
+@patch
+def request(
+    self: ServerJudge,
+    image: np.ndarray,  # RGB
+    prompt: str,        # the caption
+) -> dict:              # body of a chat completion: the image as PNG, one answer token, its log-probabilities
+    "What is sent for one question."
     from PIL import Image
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
     data = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": self.question.ask(prompt)}]
-    return {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": self.top_logprobs}
+    return {"model": self.model, "messages": [{"role": "user", "content": content}],
+            "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": self.top_logprobs}
 
-def _attempt(self: ServerJudge, client: Any, body: dict) -> tuple[float | Failed, bool]:  # outcome, whether a retry may help
+@patch
+def attempt(
+    self: ServerJudge,
+    client: Any,                     # `httpx.Client`
+    body: dict,                      # from `request`
+) -> tuple[float | Failed, bool]:    # outcome, whether another attempt may help
+    "Send one request and sort what comes back."
     import httpx
     try: answer = client.post(f"{self.url}/chat/completions", json=body)
     except httpx.TimeoutException: return Failed("time-out"), True
@@ -365,26 +405,33 @@ def _attempt(self: ServerJudge, client: Any, body: dict) -> tuple[float | Failed
     if not (isinstance(reply, dict) and reply.get("choices")): return Failed("reply without choices"), True
     return read_logprobs(reply, self.question), False
 
-# %% ../nbs/11_judge.ipynb #1ebcab86
-def _ask(self: ServerJudge, client: Any, image: np.ndarray, prompt: str) -> float | Failed:
-    body = self._request(image, prompt)
+# %% ../nbs/11_judge.ipynb #294b4ee7
+@patch
+def ask(
+    self: ServerJudge,
+    client: Any,           # `httpx.Client`
+    image: np.ndarray,     # RGB
+    prompt: str,           # the caption
+) -> float | Failed:       # after as many attempts as it takes, or as there are
+    "Ask one question, waiting longer after each attempt."
+    body = self.request(image, prompt)
     for attempt in range(self.attempts):
-        outcome, again = self._attempt(client, body)
+        outcome, again = self.attempt(client, body)
         if not again or attempt + 1 == self.attempts: return outcome
-        self.retries[outcome.reason] += 1
+        with self.lock: self.retries[outcome.reason] += 1
         self.sleep(min(30.0, self.backoff * 2**attempt) * self.random.uniform(0.5, 1.0))
 
-def _judge_all(self: ServerJudge, images: list[np.ndarray], prompts: list[str]) -> list[float | Failed]:
+@patch
+def judge(self: ServerJudge, images: list[np.ndarray], prompts: list[str]) -> list[float | Failed]:
+    "Ask all questions, at most `workers` at a time."
     import httpx
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=self.workers)
     with httpx.Client(timeout=self.timeout, headers=headers, limits=limits) as client, ThreadPoolExecutor(self.workers) as pool:
-        waiting = [pool.submit(self._ask, client, i, p) for i, p in zip(images, prompts)]
+        waiting = [pool.submit(self.ask, client, i, p) for i, p in zip(images, prompts)]
         try: return [w.result() for w in waiting]
         finally: pool.shutdown(cancel_futures=True)
-
-ServerJudge._request, ServerJudge._attempt, ServerJudge._ask, ServerJudge.judge = _request, _attempt, _ask, _judge_all
 
 # %% ../nbs/11_judge.ipynb #9a8aa437
 def load_judge(

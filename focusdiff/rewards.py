@@ -36,13 +36,13 @@ class RewardStats:
     @property
     def mean(self) -> float: return self.total / (self.rows - self.failed) if self.rows > self.failed else math.nan
 
-# %% ../nbs/12_rewards.ipynb #49160b95
+# %% ../nbs/12_rewards.ipynb #bb954ec2
 def qa_reward(
     judge: Judge,                      # who scores
     images: Images,                    # RGB, one per row
     prompts: list[str],                # one per row
     stats: RewardStats | None = None,  # counts to add to
-) -> tuple[Float[Tensor, "row"], Bool[Tensor, "row"]]:  # rewards in [0, 1] (0 where masked); which of them count
+) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:  # rewards in [0, 1] (0 where masked); which of them count
     "Rewards of images for their prompts; a score that is missing, not finite or out of range is masked and counted."
     scores = judge.score(images, prompts)
     if len(scores) != len(prompts): raise DataError(f"the judge gave {len(scores)} scores for {len(prompts)} rows")
