@@ -91,7 +91,21 @@ class FiniteLoss(Callback):
         raise NotFinite(f"the loss is {loss.item()} at step {trainer.global_step}: the batch is saved as {path}; no update was made. "
                         "Lower the learning rate, or look at that batch")
 
-# %% ../nbs/03_training.ipynb #36cb44e5
+# %% ../nbs/03_training.ipynb #8d74640b
+class _Sealed:
+    "A batch that Lightning hands on as it is."
+    def __init__(self, content: Any): self.content = content
+
+class _SealedLoader:
+    "Seals the batches of a resumable loader."
+    def __init__(self, loader: Any):
+        missing = [name for name in ("__len__", "state_dict", "load_state_dict") if not hasattr(loader, name)]
+        if missing: raise ConfigError(f"{type(loader).__name__} has no {', '.join(missing)}: a loader that cannot say where it is cannot be resumed")
+        self.loader, self.state_dict, self.load_state_dict = loader, loader.state_dict, loader.load_state_dict
+    def __len__(self) -> int: return len(self.loader)
+    def __iter__(self): return map(_Sealed, self.loader)
+
+# %% ../nbs/03_training.ipynb #49e4f7d7
 class StepModule(L.LightningModule):
     "A LightningModule whose metrics are averaged over the micro-batches and devices of one optimizer step."
     def __init__(self):
@@ -104,6 +118,8 @@ class StepModule(L.LightningModule):
     ) -> None:
         "Keep the metrics of one micro-batch until the optimizer steps."
         self._records.append(metrics)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any: return batch.content
 
     def on_before_optimizer_step(self, optimizer) -> None:
         names, records, self._records = list(self._records[0]), self._records, []
@@ -158,19 +174,17 @@ def checkpoint_to_resume(
     if last.is_file() and not zipfile.is_zipfile(last): raise DataError("not a whole checkpoint: delete it to start afresh", file=last)
     return last
 
-# %% ../nbs/03_training.ipynb #19cdc021
+# %% ../nbs/03_training.ipynb #1e50a58a
 def fit(
     trainer: L.Trainer,            # of `make_trainer`
-    module: L.LightningModule,     # what to train
+    module: StepModule,            # what to train
     loader: Any,                   # sized, with `state_dict` and `load_state_dict`: it continues in the middle of an epoch
     settings: dict | None = None,  # what a checkpoint must have been begun with, see `checkpoint_to_resume`
 ) -> None:
     "Train `module` to `max_steps`, continuing from `last.ckpt` when there is one."
-    missing = [name for name in ("__len__", "state_dict", "load_state_dict") if not hasattr(loader, name)]
-    if missing: raise ConfigError(f"{type(loader).__name__} has no {', '.join(missing)}: a loader that cannot say where it is cannot be resumed")
-    run_dir = Path(trainer.default_root_dir)
+    batches, run_dir = _SealedLoader(loader), Path(trainer.default_root_dir)
     last = checkpoint_to_resume(run_dir, settings) if trainer.is_global_zero else run_dir/"last.ckpt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer.fit(module, loader, ckpt_path=last, weights_only=True)
+        trainer.fit(module, batches, ckpt_path=last, weights_only=True)
         trainer.save_checkpoint(run_dir/"last.ckpt")
