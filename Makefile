@@ -27,7 +27,7 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@echo "[2/3] torch, the largest part (2 to 5 minutes are left, by your connection)"
 	@$(PY) -m pip install -c constraints.txt torch
 	@echo "[3/3] everything else (about 1 to 2 minutes are left)"
-	@$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	@$(PY) -m pip install -e '.[dev]' -c constraints.txt | sed -u '/already satisfied/d'
 	@touch $@
 
 reproduce: $(STAMP)  ## train, evaluate and report at SCALE; goes on where a stopped run ended

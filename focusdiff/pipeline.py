@@ -50,14 +50,15 @@ def check_parameters(
         raise ConfigError(f"{notebook} has no parameter {name!r}: {hint}")
     return given
 
-# %% ../nbs/54_pipeline.ipynb #67ddb929
+# %% ../nbs/54_pipeline.ipynb #2f3f2e7c
 def _focusdiff_imports(tree: ast.AST, there: set[str]) -> set[str]:  # module names used in one file
     "Modules of this package that a syntax tree imports, at any depth of nesting."
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "focusdiff": found |= {a.name for a in node.names}
-            elif node.module.startswith("focusdiff."): found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):   # nbdev writes `from .core import x` for `from focusdiff.core import x`
+            module = ".".join(filter(None, ["focusdiff" if node.level else "", node.module]))
+            if module == "focusdiff": found |= {a.name for a in node.names}
+            elif module.startswith("focusdiff."): found.add(module.split(".")[1])
         elif isinstance(node, ast.Import): found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("focusdiff.")}
     return found & there
 
@@ -186,16 +187,28 @@ def _watch(job: str, board: Board, file: Path, quiet: float = 30.0) -> Iterator[
     try: yield
     finally: stop.set(); thread.join()
 
-# %% ../nbs/54_pipeline.ipynb #9e69b58e
-def _say_failure(job: str, error: Exception, copy: Path) -> None:  # the cell and its error, on standard error
+# %% ../nbs/54_pipeline.ipynb #50747b86
+@contextlib.contextmanager
+def _kernel_stderr(file: Path) -> Iterator[None]:
+    "Send what a kernel process writes to its own standard error (chatter, or its last words) to a file; ours stays on the terminal."
+    saved, ours = os.dup(2), sys.stderr
+    if ours is sys.__stderr__: sys.stderr = os.fdopen(os.dup(saved), "w", buffering=1)
+    with open(file, "wb") as f: os.dup2(f.fileno(), 2)
+    try: yield
+    finally:
+        os.dup2(saved, 2); os.close(saved)
+        sys.stderr = ours
+
+# %% ../nbs/54_pipeline.ipynb #80a5e69a
+def _say_failure(job: str, error: Exception, copy: Path, log: Path) -> None:  # the cell and its error, on standard error
     where = copy.relative_to(repo_root()) if copy.is_relative_to(repo_root()) else copy
     print(f"\n{'=' * 30} {job} failed {'=' * 30}", file=sys.stderr)
     if hasattr(error, "source"):
         print(f"--- the cell:\n{error.source}\n--- the error:\n" + "\n".join(error.traceback[-30:]), file=sys.stderr)
-    else: print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    else: print(f"{type(error).__name__}: {error}\n--- last words of the kernel:\n" + log.read_text(errors="replace")[-2000:], file=sys.stderr)
     print(f"--- the executed copy: {where}\n{'=' * 70}", file=sys.stderr, flush=True)
 
-# %% ../nbs/54_pipeline.ipynb #6750e9d3
+# %% ../nbs/54_pipeline.ipynb #292060af
 def run_notebook(
     notebook: str | Path,          # an experiment or a report
     output: str | Path,            # where the executed copy goes
@@ -208,6 +221,7 @@ def run_notebook(
     check_parameters(notebook, parameters)
     home, since = output.parent.parent, time.time()
     board, copy, status = Board(home / "progress"), home / "unfinished" / output.name, home / "progress" / f"{job}.txt"
+    log = copy.with_suffix(".log")
     for folder in (copy.parent, status.parent): folder.mkdir(parents=True, exist_ok=True)
     status.unlink(missing_ok=True)
     os.environ.update(FOCUSDIFF_PROGRESS=str(status), TOKENIZERS_PARALLELISM="false",
@@ -215,16 +229,19 @@ def run_notebook(
     board.mark(job, "running", since)
     print(f"{board.line()} {job} starts".strip(), file=sys.stderr, flush=True)
     try:
-        with _watch(job, board, status):
-            nb = papermill.execute_notebook(str(notebook), str(copy), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent), start_timeout=180)
+        with _kernel_stderr(log), _watch(job, board, status):
+            nb = papermill.execute_notebook(str(notebook), str(copy), parameters, kernel_name="python3", progress_bar=False,
+                                            cwd=str(notebook.parent), start_timeout=180)
     except Exception as e:
         board.mark(job, "failed", since)
-        _say_failure(job, e, copy)
+        _say_failure(job, e, copy, log)
         raise FocusDiffError(f"{job} failed: the error is printed above") from e
-    write_atomic(output, nbformat.writes(clean_executed(nb)))
-    copy.unlink()
+    write_atomic(copy, nbformat.writes(clean_executed(nb)))
+    log.unlink()
     board.mark(job, "done", since)
     print(f"{board.line()} {job} done in {format_seconds(time.time() - since)}".strip(), file=sys.stderr, flush=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(copy, output)   # last: from here on the notebook counts as finished, so the process ends at once
     return output
 
 # %% ../nbs/54_pipeline.ipynb #3fa62412
@@ -339,6 +356,9 @@ def main(
         return 1
     return 0
 
-# %% ../nbs/54_pipeline.ipynb #044f1a8f
+# %% ../nbs/54_pipeline.ipynb #e24a71b8
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    status = main()
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(status)   # Snakemake hears of a finished notebook without waiting for the interpreter to fold up
