@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # %% ../nbs/19_decoder.ipynb #a2021c40
 from .core import ConfigError
 
-# %% ../nbs/19_decoder.ipynb #8f3c37fb
+# %% ../nbs/19_decoder.ipynb #28a91487
 def check_llama(
     config: Any,  # of the language model
 ) -> None:        # raises ConfigError
@@ -24,7 +24,7 @@ def check_llama(
         if getattr(config, name, None) != value:
             raise ConfigError(f"the language model has {name}={getattr(config, name, None)!r}; only {name}={value!r} is supported")
     rope = config.rope_parameters["rope_type"]
-    if rope in ("dynamic", "longrope"): raise ConfigError(f"rotary embedding of type {rope!r} depends on the length of the text: not supported")
+    if rope in ("dynamic", "longrope"): raise ConfigError(f"rotary embedding {rope!r} changes with the text's length: not supported")
 
 # %% ../nbs/19_decoder.ipynb #76265525
 class Decoder:
@@ -63,31 +63,47 @@ class Decoder:
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm, self.eps), gate_up).chunk(2, -1)
         return torch.addmm(x, F.silu(gate) * up, down)
 
-# %% ../nbs/19_decoder.ipynb #766131f2
+# %% ../nbs/19_decoder.ipynb #525cfa24
 @patch
-def prefill(
+def _prefill(
     self: Decoder,
     ids: Int[Tensor, "prompt token"],    # left-padded prefixes
     mask: Bool[Tensor, "prompt token"],  # True where real
-) -> Float[Tensor, "prompt width"]:      # last hidden state
-    "Run the distinct prefixes once and keep their keys and values, [prompt, head, token, size] a layer."
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # last hidden state, then each layer's keys and values
+    "Run some prefixes: hidden state [prompt, width], keys and values [prompt, head, token, size]."
+    pads = int(mask.any(0).int().argmax())                                           # columns that hold pads only
+    ids, mask = ids[:, pads:], mask[:, pads:]
     cos, sin = self.rotary((mask.cumsum(1) - 1).clamp(min=0))
     prompt, width = ids.shape
     eye = torch.eye(width, dtype=torch.bool, device=ids.device)                      # a pad sees itself: no empty softmax
     visible = (mask[:, None, None, :] & eye.new_ones(width, width).tril()) | eye     # [prompt, 1, token, token]
-    x, self.prefix, self.mask = self.lm.embed_tokens(ids), [], mask
+    x, prefix = self.lm.embed_tokens(ids), []
     for norm1, norm2, qkv, out, gate_up, down in self.layers:
-        q, k, v = (y.transpose(1, 2).contiguous() for y in self.qkv(x, norm1, qkv, cos, sin))   # [prompt, head, token, size]
-        self.prefix.append((k, v))
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(x, norm1, qkv, cos, sin))     # [prompt, head, token, size]
+        prefix.append((F.pad(k, (0, 0, pads, 0)), F.pad(v, (0, 0, pads, 0))))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
         x = self.finish(x.flatten(0, 1), attended.flatten(0, 1), out, norm2, gate_up, down).view(prompt, width, -1)
-    return self.lm.norm(x[:, -1])
+    return self.lm.norm(x[:, -1]), prefix
 
-# %% ../nbs/19_decoder.ipynb #7c764232
+@patch
+def prefill(
+    self: Decoder,
+    ids: Int[Tensor, "prompt token"],    # left-padded prefixes; sorting them by length saves work
+    mask: Bool[Tensor, "prompt token"],  # True where real
+    tokens: int = 512,                   # about so many at a time on a CPU
+) -> Float[Tensor, "prompt width"]:      # last hidden state
+    "Run the distinct prefixes once and keep their keys and values."
+    size = max(1, tokens // ids.shape[1]) if ids.is_cpu else len(ids)
+    hidden, parts = zip(*(self._prefill(i, m) for i, m in zip(ids.split(size), mask.split(size))))
+    self.prefix = [tuple(map(torch.cat, zip(*layer))) for layer in zip(*parts)]
+    self.mask = mask
+    return torch.cat(hidden)
+
+# %% ../nbs/19_decoder.ipynb #a45fd695
 @patch
 def expand(
     self: Decoder,
-    prompt: Int[Tensor, "row"],  # the prefix of each row, sorted; every prefix has a multiple of `group` rows
+    prompt: Int[Tensor, " row"],  # the prefix of each row, sorted; every prefix has a multiple of `group` rows
     group: int,                  # rows that attend to one copy of a prefix
     steps: int,                  # tokens to come
 ) -> None:
@@ -96,7 +112,8 @@ def expand(
     same = torch.equal(block, torch.arange(len(self.mask), device=block.device))
     self.prefix = [(k, v) if same else (k[block], v[block]) for k, v in self.prefix]
     self.length = self.mask.sum(1)[prompt]                                               # [row]: position of the next token
-    self.bias = None if self.mask.all() else torch.zeros_like(self.mask, dtype=torch.float).masked_fill(~self.mask, -torch.inf)[block][:, None, None]
+    hide = torch.zeros_like(self.mask, dtype=torch.float).masked_fill(~self.mask, -torch.inf)
+    self.bias = None if self.mask.all() else hide[block][:, None, None]                  # [block, 1, 1, token]
     self.group, self.width, self.t = group, self.mask.shape[1], 0
     shape = steps, len(prompt), self.heads, self.size        # token first: a step writes one contiguous slab
     like = self.prefix[0][0]
@@ -120,7 +137,7 @@ def step(
         x = self.finish(x, self.attend(i, q), out, norm2, gate_up, down)
     return self.lm.norm(x)
 
-# %% ../nbs/19_decoder.ipynb #1db0dd61
+# %% ../nbs/19_decoder.ipynb #55a89a06
 @patch
 def attend(
     self: Decoder,
@@ -139,18 +156,22 @@ def attend(
     out = (grouped(p[..., :w]) @ pv).transpose(1, 2).reshape(rows, self.heads, self.size)
     return (out + _own_values(p[..., w:], values)).flatten(1)
 
+# %% ../nbs/19_decoder.ipynb #4ffc769b
+def _small(q: Tensor, tokens: int) -> bool:  # whether slabs beat matrix products
+    return q.is_cpu and tokens * q.shape[-1] < 400
+
 def _own_scores(
     q: Float[Tensor, "row head size"],            # queries
     keys: Float[Tensor, "token row head size"],   # of the rows' own tokens
 ) -> Float[Tensor, "row head token"]:             # products
     "Each row's query against its own keys."
-    if q.is_cpu: return (keys * q).sum(-1).permute(1, 2, 0)
-    return (keys.permute(1, 2, 0, 3) @ q[..., None]).squeeze(-1)
+    if _small(q, len(keys)): return (keys * q).sum(-1).permute(1, 2, 0)
+    return (q[:, :, None] @ keys.permute(1, 2, 3, 0)).squeeze(-2)
 
 def _own_values(
     p: Float[Tensor, "row head token"],             # attention weights
     values: Float[Tensor, "token row head size"],   # of the rows' own tokens
 ) -> Float[Tensor, "row head size"]:                # weighted sum
     "Each row's weights over its own values."
-    if p.is_cpu: return (p.permute(2, 0, 1)[..., None] * values).sum(0)
+    if _small(values, len(values)): return (p.permute(2, 0, 1)[..., None] * values).sum(0)
     return (p[..., None, :] @ values.permute(1, 2, 0, 3)).squeeze(-2)

@@ -34,7 +34,7 @@ class Sampling:
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ConfigError(f"top_k must be a whole number of at least 1, or None for the whole vocabulary, got {self.top_k!r}")
 
-# %% ../nbs/20_policy.ipynb #8f109b8d
+# %% ../nbs/20_policy.ipynb #e37b6187
 Law = Literal["matched", "official"]
 
 def token_law(
@@ -49,12 +49,12 @@ def token_law(
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         if sampling.top_k > logits.shape[-1]:
-            raise ConfigError(f"top_k {sampling.top_k} is larger than the vocabulary of {logits.shape[-1]} image tokens: use None to keep all")
+            raise ConfigError(f"top_k {sampling.top_k} is larger than the vocabulary of {logits.shape[-1]} image tokens: None keeps all")
         kth = logits.topk(sampling.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     return logits.log_softmax(-1)
 
-# %% ../nbs/20_policy.ipynb #4ab8ad1e
+# %% ../nbs/20_policy.ipynb #b05eeba7
 def _uniforms(
     seeds: list[int],                  # one a row
     n: int,                            # tokens
@@ -64,13 +64,13 @@ def _uniforms(
 
 def _draw(
     logps: Float[Tensor, "row vocabulary"],  # log-probabilities
-    x: Float[Tensor, "row"],                 # uniform numbers in [0, 1)
-) -> Int[Tensor, "row"]:                     # one token a row, never one of probability 0
+    x: Float[Tensor, " row"],                 # uniform numbers in [0, 1)
+) -> Int[Tensor, " row"]:                     # one token a row, never one of probability 0
     "Inverse of the cumulative distribution, in fp64 so that rounding cannot reach an impossible token."
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cdf, x[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
-# %% ../nbs/20_policy.ipynb #82dd1a75
+# %% ../nbs/20_policy.ipynb #7317abaf
 class JanusPolicy(nn.Module):
     "A Janus checkpoint as a policy over image tokens."
     def __init__(
@@ -88,9 +88,10 @@ class JanusPolicy(nn.Module):
         extra = getattr(generation, "generation_kwargs", None) or {}
         self.uncond_pads = extra.get("uncond_pads", "visible")
         if self.uncond_pads not in ("visible", "masked"):
-            raise ConfigError(f'generation_config.generation_kwargs has uncond_pads = {self.uncond_pads!r}: it must be "visible" or "masked"')
+            raise ConfigError(f'the generation_config has uncond_pads = {self.uncond_pads!r}: it must be "visible" or "masked"')
         self.sampling = Sampling(float(generation.guidance_scale or 5.0), float(generation.temperature or 1.0), generation.top_k or None)
-        self.special = _special_tokens(bos_token_id=generation.bos_token_id, pad_token_id=generation.pad_token_id, boi_token_id=extra.get("boi_token_id"))
+        names = ("bos_token_id", "pad_token_id", "boi_token_id")
+        self.special = _special_tokens(**{name: extra.get(name, getattr(generation, name, None)) for name in names})
         self._ids: dict[str, list[int]] = {}
 
     @property
@@ -137,7 +138,7 @@ def save(
     self.model.save_pretrained(path)
     self.processor.save_pretrained(path)
 
-# %% ../nbs/20_policy.ipynb #64fb3c8e
+# %% ../nbs/20_policy.ipynb #ee5531ac
 @patch
 def prompt_ids(
     self: JanusPolicy,
@@ -151,9 +152,11 @@ def prompt_ids(
         text = self.processor.apply_chat_template(turn, add_generation_prompt=True) + self.processor.image_start_token
         ids = self.processor.tokenizer(text, verbose=False)["input_ids"]
         bos, _, boi = self.special
-        if ids[0] != bos or ids[-1] != boi: raise ConfigError(f"tokeniser and generation_config disagree on bos {bos} or begin-of-image {boi}: {ids}")
+        if ids[0] != bos or ids[-1] != boi:
+            raise ConfigError(f"tokeniser and generation_config disagree on bos {bos} or begin-of-image {boi}: {ids}")
         if len(ids) + self.n_tokens > self.context:
-            raise DataError(f"prompt of {len(ids)} tokens and {self.n_tokens} image tokens exceed the context of {self.context}: shorten it", row=i)
+            total = f"prompt of {len(ids)} tokens and {self.n_tokens} image tokens"
+            raise DataError(f"{total} exceed the context of {self.context}: shorten it", row=i)
         self._ids[prompt] = ids
     return [self._ids[prompt] for prompt in prompts]
 
@@ -197,7 +200,7 @@ def guided_logits(
         hidden = u + guidance * (c - u)
     return head.vision_head(hidden)
 
-# %% ../nbs/20_policy.ipynb #c7739fdf
+# %% ../nbs/20_policy.ipynb #3713401e
 @patch
 def _hidden(
     self: JanusPolicy,
@@ -209,7 +212,7 @@ def _hidden(
     lm = self.model.model.language_model
     ids, mask = _pad(prefixes, self.special[1], padding, self.device)
     image = F.embedding(tokens[:, :-1], self.codebook_table())   # [row, token - 1, width]
-    n, width, (rows, steps) = image.shape[1], ids.shape[1], tokens.shape
+    n, width, rows = image.shape[1], ids.shape[1], len(tokens)
     lengths = mask.sum(1)                                        # [row]
     x = torch.cat([lm.embed_tokens(ids), image], 1)
     mask = torch.cat([mask, mask.new_ones(rows, n)], 1)
@@ -280,7 +283,7 @@ def rollout(
         logps[:, t] = law.gather(1, tokens[:, t : t + 1]).squeeze(1)
     return Rollout(list(prompts), tokens, logps, list(seeds), sampling)
 
-# %% ../nbs/20_policy.ipynb #85ad33d5
+# %% ../nbs/20_policy.ipynb #5fd652d0
 @patch
 def _start(
     self: JanusPolicy,
@@ -291,7 +294,7 @@ def _start(
     prefixes = self.prompt_ids(prompts)
     if guided: prefixes = prefixes + [self._uncond_ids(p) for p in prefixes]
     keys = list(map(tuple, prefixes))
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    number = {key: i for i, key in enumerate(sorted(set(keys), key=lambda k: (len(k), k)))}
     owner = torch.tensor([number[key] for key in keys], device=self.device)
     order = owner.argsort(stable=True)
     decoder = Decoder(self.model.model.language_model)
@@ -307,7 +310,7 @@ def _check_rollout(self: JanusPolicy, prompts: list[str], sampling: Sampling, se
     if sampling.top_k is not None and sampling.top_k > self.vocabulary:
         raise ConfigError(f"top_k {sampling.top_k} is larger than the vocabulary of {self.vocabulary} image tokens: use None to keep all")
 
-# %% ../nbs/20_policy.ipynb #e64a4b38
+# %% ../nbs/20_policy.ipynb #f994fb41
 @patch
 @torch.no_grad()
 def encode_images(
@@ -318,7 +321,8 @@ def encode_images(
     vq = self.model.model.vqmodel
     x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device, vq.dtype).permute(0, 3, 1, 2) / 127.5 - 1
     size = vq.config.num_patches * 2 ** (len(vq.config.channel_multiplier) - 1)
-    if x.shape[-2:] != (size, size): raise DataError(f"expected images of {size} x {size} pixels, got {x.shape[-2]} x {x.shape[-1]}: resize them first")
+    if x.shape[-2:] != (size, size):
+        raise DataError(f"expected images of {size} x {size} pixels, got {x.shape[-2]} x {x.shape[-1]}: resize them first")
     z = F.normalize(vq.quant_conv(vq.encoder(x)), dim=1).flatten(2).transpose(1, 2)   # [batch, token, channel]
     return (z @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).argmax(-1)
 
