@@ -16,13 +16,15 @@ from focusdiff.pipeline import code_version
 METHODS = ["sft", "grpo", "pair_grpo"]          # each against "base", the checkpoint as it is
 ATTRIBUTION = ["pair_no_joint", "pair_joint_mean_only", "pair_joint_std_only", "pair_no_injection", "pair_positives_only",
                "pair_negatives_only", "pair_constant_p", "pair_official_logps", "pair_reconstructed_reward"]
-BENCHMARKS = ["geneval-scenes", "t2i-compbench-scenes", "dpg-scenes"]   # besides paircomp-scenes, which every variant gets
+SCENES = ["paircomp-scenes", "geneval-scenes", "t2i-compbench-scenes", "dpg-scenes", "counterfactual-scenes"]
+REAL = ["paircomp", "geneval", "t2i_compbench", "dpg"]
 
-RUNS = {  # scale: which variants are trained, with which training seeds
-    "tiny":  dict(methods=METHODS, seeds=[0], attribution=ATTRIBUTION, attribution_seeds=[0], benchmarks=BENCHMARKS),
-    "small": dict(methods=METHODS, seeds=[0, 1, 2, 3, 4], attribution=ATTRIBUTION, attribution_seeds=[0, 1, 2, 3, 4], benchmarks=BENCHMARKS),
-    "paper": dict(methods=METHODS, seeds=[0], attribution=ATTRIBUTION, attribution_seeds=[0], benchmarks=BENCHMARKS),
-    "smoke": dict(methods=METHODS, seeds=[0], attribution=["pair_no_joint"], attribution_seeds=[0], benchmarks=["geneval-scenes"]),
+# scale: which variants are trained, with which training seeds; the first benchmark is for every variant, the others for "base" and the methods
+RUNS = {
+    "tiny":  dict(methods=METHODS, seeds=[0], attribution=ATTRIBUTION, attribution_seeds=[0], benchmarks=SCENES),
+    "small": dict(methods=METHODS, seeds=[0, 1, 2, 3, 4], attribution=ATTRIBUTION, attribution_seeds=[0, 1, 2, 3, 4], benchmarks=SCENES),
+    "paper": dict(methods=METHODS, seeds=[0], attribution=ATTRIBUTION, attribution_seeds=[0], benchmarks=REAL),
+    "smoke": dict(methods=METHODS, seeds=[0], attribution=["pair_no_joint"], attribution_seeds=[0], benchmarks=SCENES),
 }
 
 SECONDS = {"61_build_pairs": 60, "62_train_policy": 120, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
@@ -41,12 +43,12 @@ ZOO = [p for p in ["data/zoo/manifest.json"] if Path(p).exists() and SCALE != "p
 REPORTS = sorted(p.stem for p in Path("nbs/report").glob("[89]*.ipynb"))
 
 TRAINED = [(v, s) for v in RUN["methods"] for s in RUN["seeds"]] + [(v, s) for v in RUN["attribution"] for s in RUN["attribution_seeds"]]
-EVALUATED = [("paircomp-scenes", v, s) for v, s in [("base", 0), *TRAINED]]
-EVALUATED += [(b, v, s) for b in RUN["benchmarks"] for v, s in [("base", 0), *TRAINED] if v in ["base", *RUN["methods"]]]
+FIRST = RUN["benchmarks"][0]
+EVALUATED = [(b, v, s) for b in RUN["benchmarks"] for v, s in [("base", 0), *TRAINED] if b == FIRST or v in ["base", *METHODS]]
 
 PAIRS = [f"{OUT}/pairs/pairs.json", f"{OUT}/pairs/funnel.parquet"]
 TRAINING = [f"{OUT}/train/{v}-{s}/run.json" for v, s in TRAINED]
-SCORES = {b: [f"{OUT}/scores/{b}/{v}-{s}.parquet" for c, v, s in EVALUATED if c == b] for b in ["paircomp-scenes", *RUN["benchmarks"]]}
+SCORES = {b: [f"{OUT}/scores/{b}/{v}-{s}.parquet" for c, v, s in EVALUATED if c == b] for b in RUN["benchmarks"]}
 EXECUTED = f"{OUT}/notebooks/"
 
 def experiment(stem): return f"nbs/experiments/{stem}.ipynb"
@@ -71,7 +73,7 @@ def report_reads(wildcards):
 wildcard_constraints:
     variant = "[a-z_]+",
     seed = r"\d+",
-    benchmark = "[a-z0-9_-]*scenes",
+    benchmark = "[a-z0-9_-]+",
     stem = r"[89]\d_\w+",
 
 # The command that runs one notebook; {resources.seconds} is only a guess for the time left.
@@ -96,7 +98,9 @@ rule build_pairs:
 
 rule train_policy:
     input: starts_from, pairs=PAIRS, notebook=experiment("62_train_policy")
-    output: run=f"{OUT}/train/{{variant}}-{{seed}}/run.json", notebook=f"{EXECUTED}62_train_policy-{{variant}}-{{seed}}.ipynb"
+    output:   # run.json is written last; the checkpoint to resume from is no output, so that Snakemake leaves it alone
+        run=f"{OUT}/train/{{variant}}-{{seed}}/run.json",
+        notebook=f"{EXECUTED}62_train_policy-{{variant}}-{{seed}}.ipynb"
     params: code=version("experiments", "62_train_policy")
     resources: seconds=int(SECONDS["62_train_policy"] * SPEED)
     priority: 50
@@ -104,7 +108,10 @@ rule train_policy:
 
 rule evaluate:
     input: judged, notebook=experiment("63_evaluate")
-    output: scores=f"{OUT}/scores/{{benchmark}}/{{variant}}-{{seed}}.parquet", notebook=f"{EXECUTED}63_evaluate-{{benchmark}}-{{variant}}-{{seed}}.ipynb"
+    output:
+        scores=f"{OUT}/scores/{{benchmark}}/{{variant}}-{{seed}}.parquet",
+        images=f"{OUT}/scores/{{benchmark}}/{{variant}}-{{seed}}.npz",
+        notebook=f"{EXECUTED}63_evaluate-{{benchmark}}-{{variant}}-{{seed}}.ipynb"
     params: code=version("experiments", "63_evaluate")
     resources: seconds=int(SECONDS["63_evaluate"] * SPEED)
     shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed} -p benchmark {wildcards.benchmark}"
