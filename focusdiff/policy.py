@@ -200,7 +200,7 @@ def guided_logits(
         hidden = u + guidance * (c - u)
     return head.vision_head(hidden)
 
-# %% ../nbs/20_policy.ipynb #3713401e
+# %% ../nbs/20_policy.ipynb #047c0041
 @patch
 def _hidden(
     self: JanusPolicy,
@@ -208,19 +208,32 @@ def _hidden(
     tokens: Int[Tensor, "row token"],   # image tokens of the same rows
     padding: str,                       # side of the pads
 ) -> Float[Tensor, "row token width"]:  # hidden states that predict `tokens`
-    "Teacher-forced pass of the language model."
-    lm = self.model.model.language_model
-    ids, mask = _pad(prefixes, self.special[1], padding, self.device)
+    "Teacher-forced pass of the language model; rows with one prefix share its pass, forward and backward."
+    lm, names = self.model.model.language_model, {}
+    index = torch.tensor([names.setdefault(tuple(p), len(names)) for p in prefixes], device=self.device)
+    ids, mask = _pad([list(p) for p in names], self.special[1], padding, self.device)
     image = F.embedding(tokens[:, :-1], self.codebook_table())   # [row, token - 1, width]
-    n, width, rows = image.shape[1], ids.shape[1], len(tokens)
-    lengths = mask.sum(1)                                        # [row]
+    if lm.is_gradient_checkpointing and lm.training: return _hidden_whole(lm, ids[index], mask[index], image, padding)
+    lengths, position = mask.sum(1), (mask.cumsum(1) - 1).clamp(min=0)
+    out = lm(inputs_embeds=lm.embed_tokens(ids), attention_mask=mask.long(), position_ids=position, use_cache=True)
+    last = lengths - 1 if padding == "right" else torch.full_like(lengths, ids.shape[1] - 1)
+    first = out.last_hidden_state[torch.arange(len(ids), device=self.device), last][index]      # predicts the first token
+    cache = out.past_key_values
+    for layer in cache.layers: layer.keys, layer.values = layer.keys[index], layer.values[index]
+    steps = torch.arange(image.shape[1], device=self.device)
+    mask = torch.cat([mask[index], mask.new_ones(image.shape[:2])], 1)
+    rest = lm(inputs_embeds=image, attention_mask=mask.long(), position_ids=lengths[index, None] + steps, past_key_values=cache, use_cache=True)
+    return torch.cat([first[:, None], rest.last_hidden_state], 1)
+
+# %% ../nbs/20_policy.ipynb #fbb7eea1
+def _hidden_whole(lm: nn.Module, ids: Tensor, mask: Tensor, image: Tensor, padding: str) -> Tensor:  # [row, token, width], no prefix shared
+    width, lengths, rows = ids.shape[1], mask.sum(1), len(ids)
     x = torch.cat([lm.embed_tokens(ids), image], 1)
-    mask = torch.cat([mask, mask.new_ones(rows, n)], 1)
+    mask = torch.cat([mask, mask.new_ones(image.shape[:2])], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     out = lm(inputs_embeds=x, attention_mask=mask.long(), position_ids=position, use_cache=False).last_hidden_state
     if padding == "left": return out[:, width - 1:]
-    first = out[torch.arange(rows, device=out.device), lengths - 1]
-    return torch.cat([first[:, None], out[:, width:]], 1)
+    return torch.cat([out[torch.arange(rows, device=out.device), lengths - 1][:, None], out[:, width:]], 1)
 
 # %% ../nbs/20_policy.ipynb #ef732366
 @patch
