@@ -6,7 +6,7 @@ __all__ = ['T2I_SETS', 'OFFICIAL', 'PAIR_KINDS', 'GENEVAL_COUNTS', 'SCENE_TWINS'
            'scene_pair', 'paircomp_scenes', 'geneval_scenes', 't2i_compbench_scenes', 'dpg_scenes',
            'counterfactual_scenes', 'load_benchmark', 'paircomp_cases']
 
-# %% ../nbs/41_benchmarks.ipynb #114dfb37
+# %% ../nbs/41_benchmarks.ipynb #71246f80
 import json, os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 
 from .core import ConfigError, DataError, derive_seed, repo_root, write_atomic
 from .metrics import CATEGORIES, CATEGORY_COUNTS, GENEVAL_TAGS
-from .scenes import COLORS, FILLS, HELD_OUT, LETTERS, MAX_THINGS, SHAPES, SIZES, STYLES, TONES, Fact, Facts, Noun, write_caption
+from .scenes import COLORS, FILLS, HELD_OUT, LETTERS, MAX_THINGS, RELATIONS, SHAPES, SIZES, STYLES, TONES
+from .scenes import Fact, Facts, Noun, write_caption
 
 # %% ../nbs/41_benchmarks.ipynb #08cb8fdf
 @dataclass(frozen=True)
@@ -38,29 +39,31 @@ class Item:
     category: str    # short name, as in tables
     meta: dict = field(default_factory=dict)  # what else the benchmark says; PairComp: case, prompt_idx, partner
 
-# %% ../nbs/41_benchmarks.ipynb #7e36077d
+# %% ../nbs/41_benchmarks.ipynb #e19c8a35
 def _read_json(text: str, file: Path, row: int | None = None) -> object:
     try: return json.loads(text)
     except json.JSONDecodeError as e:
-        raise DataError(f"not valid JSON: {e.msg} at line {e.lineno}, column {e.colno}; a truncated download is the usual cause", file=file, row=row) from e
+        where = f"line {e.lineno}, column {e.colno}"
+        raise DataError(f"not valid JSON: {e.msg} at {where}; a truncated download is the usual cause", file=file, row=row) from e
 
 def _read_text(file: Path) -> str:
     if not file.is_file(): raise DataError("no such file: fetch it from the benchmark's repository, or correct the path", file=file)
     try: return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e: raise DataError(f"not UTF-8 text ({e.reason} at byte {e.start})", file=file) from e
 
-def _field(record: object, name: str, file: Path, row: int, kind: type = str) -> object:  # the checked value
+def _field(record: object, name: str, file: Path, row: int, kind: type = str):  # the checked value
     if not isinstance(record, dict): raise DataError(f"expected an object, got {type(record).__name__}", file=file, row=row)
-    if name not in record: raise DataError(f"missing key; this record has {', '.join(record) or 'no keys'}", file=file, row=row, field=name)
-    if not isinstance(record[name], kind): raise DataError(f"expected {kind.__name__}, got {type(record[name]).__name__}", file=file, row=row, field=name)
-    if kind is str and not record[name].strip(): raise DataError("empty text: every prompt needs words", file=file, row=row, field=name)
-    return record[name]
+    where, value = dict(file=file, row=row, field=name), record.get(name)
+    if name not in record: raise DataError(f"missing key; this record has {', '.join(record) or 'no keys'}", **where)
+    if not isinstance(value, kind): raise DataError(f"expected {kind.__name__}, got {type(value).__name__}", **where)
+    if kind is str and not value.strip(): raise DataError("empty text: every prompt needs words", **where)
+    return value
 
 def _read_jsonl(file: Path) -> list:  # one record a line; a blank last line is fine
     lines = _read_text(file).rstrip("\n").split("\n")
     return [_read_json(line, file, row) for row, line in enumerate(lines)]
 
-# %% ../nbs/41_benchmarks.ipynb #2ceac570
+# %% ../nbs/41_benchmarks.ipynb #1774f815
 def read_paircomp(
     path: str | Path,       # JSON file in the official schema
     complete: bool = True,  # require the official number of cases in each category
@@ -72,12 +75,13 @@ def read_paircomp(
     cases = []
     for row, record in enumerate(records):
         category, one, two = (_field(record, name, file, row) for name in ("category", "caption1", "caption2"))
-        if category not in CATEGORIES: raise DataError(f"unknown category {category!r}: expected one of {', '.join(CATEGORIES)}", file=file, row=row, field="category")
+        if category not in CATEGORIES:
+            raise DataError(f"unknown category {category!r}: expected one of {', '.join(CATEGORIES)}", file=file, row=row, field="category")
         if one == two: raise DataError("the two captions are equal: a case needs a difference", file=file, row=row, field="caption2")
         cases.append(Case(row, category, one, two))
     counts = {short: sum(c.category == name for c in cases) for name, short in CATEGORIES.items()}
     if complete and counts != CATEGORY_COUNTS:
-        raise DataError(f"{len(cases)} cases, by category {counts}; the benchmark has {CATEGORY_COUNTS}: pass complete=False to use a part", file=file, field="category")
+        raise DataError(f"{len(cases)} cases, by category {counts}; the benchmark has {CATEGORY_COUNTS}: complete=False reads a part", file=file)
     return cases
 
 def write_paircomp(
@@ -87,27 +91,28 @@ def write_paircomp(
     "Write cases in the official schema."
     return write_atomic(path, json.dumps([dict(category=c.category, caption1=c.caption1, caption2=c.caption2) for c in cases], indent=4))
 
-# %% ../nbs/41_benchmarks.ipynb #5ae0d882
+# %% ../nbs/41_benchmarks.ipynb #49316350
 def paircomp_items(
     cases: Sequence[Case],  # of `read_paircomp` or `paircomp_scenes`
 ) -> list[Item]:            # two a case: caption1, caption2, caption1, ...
     "The prompts of PairComp in the official order."
-    pairs = [(c, p) for c in cases for p in (0, 1)]
-    return [Item(i, c.captions[p], CATEGORIES[c.category], dict(case=c.index, prompt_idx=p, partner=c.captions[1 - p])) for i, (c, p) in enumerate(pairs)]
+    meta = lambda c, p: dict(case=c.index, prompt_idx=p, partner=c.captions[1 - p])
+    return [Item(2 * i + p, c.captions[p], CATEGORIES[c.category], meta(c, p)) for i, c in enumerate(cases) for p in (0, 1)]
 
-# %% ../nbs/41_benchmarks.ipynb #4b5724af
+# %% ../nbs/41_benchmarks.ipynb #9ad2c7d2
 def read_geneval(
     path: str | Path,  # evaluation_metadata.jsonl
 ) -> list[Item]:       # category: the task tag; meta: include, exclude
     "Read GenEval's prompts with their detector targets."
     file, items = Path(path), []
     for row, record in enumerate(_read_jsonl(file)):
-        tag, prompt, include = _field(record, "tag", file, row), _field(record, "prompt", file, row), _field(record, "include", file, row, list)
-        if tag not in GENEVAL_TAGS: raise DataError(f"unknown tag {tag!r}: expected one of {', '.join(GENEVAL_TAGS)}", file=file, row=row, field="tag")
+        tag, prompt, include = (_field(record, name, file, row, kind) for name, kind in (("tag", str), ("prompt", str), ("include", list)))
+        if tag not in GENEVAL_TAGS:
+            raise DataError(f"unknown tag {tag!r}: expected one of {', '.join(GENEVAL_TAGS)}", file=file, row=row, field="tag")
         items.append(Item(row, prompt, tag, dict(include=include, exclude=record.get("exclude", []))))
     return items
 
-# %% ../nbs/41_benchmarks.ipynb #0c5378ea
+# %% ../nbs/41_benchmarks.ipynb #0d1507ea
 T2I_SETS = ("color", "shape", "texture")  # the sets of Table 2; the benchmark has five more
 
 def read_t2i_compbench(
@@ -132,15 +137,24 @@ def read_dpg(
         files = sorted(path.glob("*.txt"))
         if not files: raise DataError("no .txt prompts in this folder", file=path)
         pairs = [(f.stem, _read_text(f).strip(), f, None) for f in files]
-    else: pairs = [(_field(r, "item_id", path, row), _field(r, "prompt", path, row).strip(), path, row) for row, r in enumerate(_read_jsonl(path))]
+    else: pairs = [(*(_field(r, name, path, row) for name in ("item_id", "prompt")), path, row) for row, r in enumerate(_read_jsonl(path))]
     for _, prompt, file, row in pairs:
         if not prompt: raise DataError("empty prompt", file=file, row=row)
     return [Item(i, prompt, "dpg", dict(item_id=name)) for i, (name, prompt, _, _) in enumerate(pairs)]
 
-# %% ../nbs/41_benchmarks.ipynb #bec975c2
-OFFICIAL = {"paircomp": "PairComp.json", "geneval": "geneval_evaluation_metadata.jsonl", "t2i_compbench": "t2i_compbench", "dpg": "dpg/prompts.jsonl"}
-_SOURCES = {"paircomp": "github.com/wendell0218/FocusDiff, PairComp/prompt", "geneval": "github.com/djghosh13/geneval, prompts",
-            "t2i_compbench": "github.com/Karine-Huang/T2I-CompBench, examples/dataset", "dpg": "github.com/TencentQQGYLab/ELLA, dpg_bench/prompts"}
+# %% ../nbs/41_benchmarks.ipynb #45b69fd3
+OFFICIAL = {
+    "paircomp": "PairComp.json",
+    "geneval": "geneval_evaluation_metadata.jsonl",
+    "t2i_compbench": "t2i_compbench",
+    "dpg": "dpg/prompts.jsonl",
+}
+_SOURCES = {
+    "paircomp": "github.com/wendell0218/FocusDiff, PairComp/prompt",
+    "geneval": "github.com/djghosh13/geneval, prompts",
+    "t2i_compbench": "github.com/Karine-Huang/T2I-CompBench, examples/dataset",
+    "dpg": "github.com/TencentQQGYLab/ELLA, dpg_bench/prompts",
+}
 
 def official_path(
     name: str,  # a key of `OFFICIAL`
@@ -152,12 +166,12 @@ def official_path(
                           f"{OFFICIAL[name]} in the folder that FOCUSDIFF_BENCHMARKS names (now {folder or 'not set'})")
     return Path(folder) / OFFICIAL[name]
 
-# %% ../nbs/41_benchmarks.ipynb #1eeb1aaf
+# %% ../nbs/41_benchmarks.ipynb #bdb5552a
 def _pick(rng: np.random.Generator, words: Sequence): return words[int(rng.integers(len(words)))]
 
 def _allowed(noun: Noun) -> bool: return (noun.color, noun.shape) not in HELD_OUT
 
-def _draw_nouns(rng: np.random.Generator, n: int, **mention: bool) -> list[Noun]:  # n different nouns, all mentioning the same attributes
+def _draw_nouns(rng: np.random.Generator, n: int, **mention: bool) -> list[Noun]:  # n different nouns, the same attributes in each
     nouns: list[Noun] = []
     while len(nouns) < n:
         words = {a: _pick(rng, w) if mention.get(a) else "" for a, w in (("color", COLORS), ("size", SIZES), ("fill", FILLS))}
@@ -174,13 +188,13 @@ def _say(counts: dict[Noun, int], relation: str = "", absent: Noun | None = None
     facts.append(Fact("text", value=text))
     return tuple(facts + [Fact(k, value=v) for k, v in (("tone", tone), ("style", style)) if v])
 
-# %% ../nbs/41_benchmarks.ipynb #adb0c43a
-def _variants(counts: dict[Noun, int], attribute: str) -> list[dict[Noun, int]]:  # every way in which one noun differs in `attribute`
+# %% ../nbs/41_benchmarks.ipynb #2daee99c
+def _variants(counts: dict[Noun, int], attribute: str) -> list[dict[Noun, int]]:  # every change of one noun in `attribute`
     words = dict(shape=SHAPES, color=COLORS, size=SIZES, fill=FILLS)[attribute]
     edits = [(old, Noun(**{**vars(old), attribute: word})) for old in counts for word in words]
     return [{new if n == old else n: k for n, k in counts.items()} for old, new in edits if new not in counts and _allowed(new)]
 
-def _change(rng: np.random.Generator, attribute: str, looks: dict) -> tuple[dict, dict]:  # one to three things, before and after
+def _change(rng: np.random.Generator, attribute: str, looks: dict) -> tuple[dict, dict]:  # counts before and after
     while True:
         counts = {n: 1 for n in _draw_nouns(rng, int(rng.integers(1, 4)), **{**looks, attribute: True})}
         if options := _variants(counts, attribute): return counts, _pick(rng, options)
@@ -212,7 +226,7 @@ def _color_pair(rng: np.random.Generator) -> tuple[Facts, Facts]:
             if set(after) == set(before) or len(after) < len(before) or not all(map(_allowed, after)): continue
         return _say(before, **setting), _say(after, **setting)
 
-# %% ../nbs/41_benchmarks.ipynb #cfd37ea8
+# %% ../nbs/41_benchmarks.ipynb #aca85283
 def _counting_pair(rng: np.random.Generator) -> tuple[Facts, Facts]:
     setting, (noun, *rest) = _setting(rng), _draw_nouns(rng, int(rng.integers(1, 3)), **_looks(rng))
     one, two = rng.choice(np.arange(1, MAX_THINGS + 1 - len(rest)), 2, replace=False)
@@ -225,7 +239,7 @@ def _position_pair(rng: np.random.Generator) -> tuple[Facts, Facts]:
 
 def _style_pair(rng: np.random.Generator) -> tuple[Facts, Facts]:
     counts = {n: 1 for n in _draw_nouns(rng, int(rng.integers(1, 4)), **_looks(rng))}
-    tones, styles, what = rng.permutation(TONES)[:2], rng.permutation(STYLES)[:2], int(rng.integers(3))    # tone, style, both
+    tones, styles, what = rng.permutation(TONES)[:2], rng.permutation(STYLES)[:2], int(rng.integers(3))  # tone, style, both
     looks = [dict(tone=str(t) if what != 1 else "", style=str(s) if what != 0 else "") for t, s in zip(tones, styles)]
     return tuple(_say(counts, **look) for look in looks)
 
@@ -236,9 +250,9 @@ def _text_pair(rng: np.random.Generator) -> tuple[Facts, Facts]:
     two[at] = _pick(rng, [x for x in LETTERS if x not in one])
     return tuple(_say(counts, text="".join(letters), **setting) for letters in (one, two))
 
-# %% ../nbs/41_benchmarks.ipynb #b230da6d
-PAIR_KINDS: dict[str, Callable] = {"appearance": _appearance_pair, "presence": _presence_pair, "color": _color_pair, "counting": _counting_pair,
-                                   "position": _position_pair, "style": _style_pair, "text": _text_pair}
+# %% ../nbs/41_benchmarks.ipynb #c79cf216
+PAIR_KINDS: dict[str, Callable] = dict(appearance=_appearance_pair, presence=_presence_pair, color=_color_pair, counting=_counting_pair,
+                                       position=_position_pair, style=_style_pair, text=_text_pair)
 
 def scene_pair(
     kind: str,                 # a key of `PAIR_KINDS`
@@ -263,7 +277,7 @@ def paircomp_scenes(
             cases.append(Case(len(cases), names[short], *pair))
     return cases
 
-# %% ../nbs/41_benchmarks.ipynb #8f266007
+# %% ../nbs/41_benchmarks.ipynb #e4810a4c
 def _distinct(n: int, name: str, seed: int, draw: Callable) -> list[tuple[str, Facts]]:  # n different prompts with their facts
     rng, found = np.random.default_rng(derive_seed(name, seed)), {}
     while len(found) < n:
@@ -272,7 +286,9 @@ def _distinct(n: int, name: str, seed: int, draw: Callable) -> list[tuple[str, F
     return list(found.items())
 
 def _includes(facts: Facts) -> list[dict]:  # GenEval's description of what must be there
-    include = [{"class": Noun(f.noun.shape, "", f.noun.size, f.noun.fill).words(), "count": f.value, **({"color": f.noun.color} if f.noun.color else {})} for f in facts if f.kind == "count"]
+    name = lambda noun: Noun(noun.shape, "", noun.size, noun.fill).words()
+    color = lambda noun: {"color": noun.color} if noun.color else {}
+    include = [{"class": name(f.noun), "count": f.value, **color(f.noun)} for f in facts if f.kind == "count"]
     for f in facts:
         if f.kind == "relation": include = [include[1], {**include[0], "position": [f.value, 0]}]
     return include
@@ -280,17 +296,18 @@ def _includes(facts: Facts) -> list[dict]:  # GenEval's description of what must
 def _geneval_facts(tag: str, rng: np.random.Generator) -> Facts:
     looks = {a: bool(rng.random() < 0.5) for a in ("size", "fill")}
     nouns = _draw_nouns(rng, 2 if tag in ("two_object", "position", "color_attr") else 1, color=tag in ("colors", "color_attr"), **looks)
-    return _say({n: int(rng.integers(2, MAX_THINGS + 1)) if tag == "counting" else 1 for n in nouns},
-                relation=_pick(rng, ("left of", "right of", "above", "below")) if tag == "position" else "")
+    counts = {n: int(rng.integers(2, MAX_THINGS + 1)) if tag == "counting" else 1 for n in nouns}
+    return _say(counts, relation=_pick(rng, RELATIONS) if tag == "position" else "")
 
-# %% ../nbs/41_benchmarks.ipynb #15412c44
+# %% ../nbs/41_benchmarks.ipynb #abfe7bd4
 GENEVAL_COUNTS = dict(single_object=80, two_object=99, counting=80, colors=94, position=100, color_attr=100)
 
 def geneval_scenes(
     seed: int = 0,  # of the whole benchmark
 ) -> list[Item]:    # 553, in the official counts
     "GenEval in the scene world."
-    drawn = [(tag, *d) for tag, n in GENEVAL_COUNTS.items() for d in _distinct(n, f"geneval-{tag}", seed, lambda rng: _geneval_facts(tag, rng))]
+    make = lambda tag, n: _distinct(n, f"geneval-{tag}", seed, lambda rng: _geneval_facts(tag, rng))
+    drawn = [(tag, *d) for tag, n in GENEVAL_COUNTS.items() for d in make(tag, n)]
     return [Item(i, prompt, tag, dict(include=_includes(facts), exclude=[])) for i, (tag, prompt, facts) in enumerate(drawn)]
 
 def t2i_compbench_scenes(
@@ -298,7 +315,8 @@ def t2i_compbench_scenes(
 ) -> list[Item]:    # 300 for each of color, shape and texture
     "The attribute sets of T2I-CompBench in the scene world; texture is the fill."
     looks = dict(color=dict(color=True), shape=dict(size=True), texture=dict(fill=True))
-    def draw(name, rng): return _say({n: int(rng.integers(1, 3)) if name == "shape" else 1 for n in _draw_nouns(rng, 2, **looks[name])})
+    count = lambda name, rng: int(rng.integers(1, 3)) if name == "shape" else 1
+    draw = lambda name, rng: _say({n: count(name, rng) for n in _draw_nouns(rng, 2, **looks[name])})
     drawn = [(name, prompt) for name in T2I_SETS for prompt, _ in _distinct(300, f"t2i-{name}", seed, lambda rng: draw(name, rng))]
     return [Item(i, prompt, name) for i, (name, prompt) in enumerate(drawn)]
 
@@ -312,7 +330,7 @@ def dpg_scenes(
         return _say({n: 1 for n in nouns}, text=text, tone=_pick(rng, TONES), style=_pick(rng, STYLES))
     return [Item(i, prompt, "dpg", dict(item_id=str(i))) for i, (prompt, _) in enumerate(_distinct(1065, "dpg", seed, draw))]
 
-# %% ../nbs/41_benchmarks.ipynb #5a2d055b
+# %% ../nbs/41_benchmarks.ipynb #6dc10d1c
 def counterfactual_scenes(
     seed: int = 0,  # of the whole list
 ) -> list[Item]:    # 100, category: the held-out combination
@@ -323,17 +341,24 @@ def counterfactual_scenes(
             size, fill = (_pick(rng, ("", *words)) for words in (SIZES, FILLS))
             others = _draw_nouns(rng, int(rng.integers(0, 2)), color=True, size=bool(size), fill=bool(fill))
             return _say({n: 1 for n in (Noun(shape, color, size, fill), *others)}, tone=_pick(rng, ("", *TONES)))
-        items += [Item(len(items) + i, prompt, f"{color} {shape}") for i, (prompt, _) in enumerate(_distinct(25, f"counterfactual-{color}-{shape}", seed, draw))]
+        drawn = _distinct(25, f"counterfactual-{color}-{shape}", seed, draw)
+        items += [Item(len(items) + i, prompt, f"{color} {shape}") for i, (prompt, _) in enumerate(drawn)]
     return items
 
-# %% ../nbs/41_benchmarks.ipynb #f0406484
-SCENE_TWINS: dict[str, Callable] = {"paircomp-scenes": lambda seed: paircomp_items(paircomp_scenes(seed)), "geneval-scenes": geneval_scenes,
-    "t2i-compbench-scenes": t2i_compbench_scenes, "dpg-scenes": dpg_scenes, "counterfactual-scenes": counterfactual_scenes}
-_READERS = {"paircomp": lambda path: paircomp_items(read_paircomp(path)), "geneval": read_geneval, "t2i_compbench": read_t2i_compbench, "dpg": read_dpg}
-
-def _check_name(name: str) -> str:
-    if name not in {**_READERS, **SCENE_TWINS}: raise ConfigError(f"unknown benchmark {name!r}: choose one of {', '.join({**_READERS, **SCENE_TWINS})}")
-    return name
+# %% ../nbs/41_benchmarks.ipynb #e5b22cd7
+SCENE_TWINS: dict[str, Callable] = {
+    "paircomp-scenes": lambda seed: paircomp_items(paircomp_scenes(seed)),
+    "geneval-scenes": geneval_scenes,
+    "t2i-compbench-scenes": t2i_compbench_scenes,
+    "dpg-scenes": dpg_scenes,
+    "counterfactual-scenes": counterfactual_scenes,
+}
+_READERS: dict[str, Callable] = {
+    "paircomp": lambda path: paircomp_items(read_paircomp(path)),
+    "geneval": read_geneval,
+    "t2i_compbench": read_t2i_compbench,
+    "dpg": read_dpg,
+}
 
 def load_benchmark(
     name: str,                      # an official benchmark ("paircomp", "geneval", "t2i_compbench", "dpg") or a scene twin
@@ -341,7 +366,9 @@ def load_benchmark(
     seed: int = 0,                  # of a scene twin
 ) -> list[Item]:                    # in the benchmark's order
     "The prompts of a benchmark."
-    if _check_name(name) in SCENE_TWINS: return SCENE_TWINS[name](seed)
+    known = {**_READERS, **SCENE_TWINS}
+    if name not in known: raise ConfigError(f"unknown benchmark {name!r}: choose one of {', '.join(known)}")
+    if name in SCENE_TWINS: return SCENE_TWINS[name](seed)
     return _READERS[name](Path(path) if path is not None else official_path(name))
 
 def paircomp_cases(

@@ -21,7 +21,7 @@ class Model(Protocol):
     "Anything that makes images."
     def generate(self, prompts: list[str], n: int, seed: int) -> np.ndarray: ...  # uint8 [prompt, n, height, width, 3]
 
-# %% ../nbs/42_evaluate.ipynb #3ab9356e
+# %% ../nbs/42_evaluate.ipynb #a43fbcf9
 def _digest(*parts: Any) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _claim(folder: Path, plan: dict) -> None:  # make the folder ours, or find that it is somebody else's
@@ -29,8 +29,8 @@ def _claim(folder: Path, plan: dict) -> None:  # make the folder ours, or find t
     if not file.exists(): write_atomic(file, json.dumps(plan, indent=1))
     was = json.loads(file.read_text())
     for key in plan:
-        if was.get(key) != plan[key]:
-            raise ConfigError(f"{folder} holds an evaluation with {key} {was.get(key)!r}, now {plan[key]!r}: use another folder or delete this one")
+        if was.get(key) == plan[key]: continue
+        raise ConfigError(f"{folder} holds an evaluation with {key} {was.get(key)!r}, now {plan[key]!r}: use another folder or delete it")
 
 def _image_file(folder: Path, start: int) -> Path: return folder / f"images-{start:06d}.npy"
 
@@ -39,10 +39,11 @@ def _save_array(path: Path, array: np.ndarray) -> None:
     np.save(buffer, array)
     write_atomic(path, buffer.getvalue())
 
-# %% ../nbs/42_evaluate.ipynb #700a7913
+# %% ../nbs/42_evaluate.ipynb #a38b397e
 def _check_images(images: Any, prompts: int, n: int) -> np.ndarray:  # the same images
     got = f"{getattr(images, 'dtype', type(images).__name__)} {getattr(images, 'shape', '')}"
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 5 or images.shape[:2] != (prompts, n) or images.shape[-1] != 3:
+    good = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 5
+    if not good or images.shape[:2] != (prompts, n) or images.shape[-1] != 3:
         raise DataError(f"generate gave {got}, expected uint8 [prompt {prompts}, n {n}, height, width, channel 3]")
     return images
 
@@ -72,8 +73,8 @@ def load_images(
     if not files: raise DataError("no images here: generate them first", file=folder)
     return np.concatenate([np.load(f) for f in files])
 
-# %% ../nbs/42_evaluate.ipynb #f28815e5
-def _questions(items: Sequence[Item], n: int) -> list[tuple[int, int, str, str]]:  # (item of the chunk, image, target, caption)
+# %% ../nbs/42_evaluate.ipynb #051eb1dd
+def _questions(items: Sequence[Item], n: int) -> list[tuple]:  # (item of the chunk, image, target, caption)
     captions = lambda i: [("own", i.prompt)] + ([("partner", i.meta["partner"])] if "partner" in i.meta else [])
     return [(row, z, target, text) for row, i in enumerate(items) for z in range(n) for target, text in captions(i)]
 
@@ -160,20 +161,24 @@ def export_folder(
             write_atomic(Path(folder) / image_name(item.meta["case"], item.meta["prompt_idx"], z), buffer.getvalue())
     return Path(folder)
 
-# %% ../nbs/42_evaluate.ipynb #6518a63d
+# %% ../nbs/42_evaluate.ipynb #e3063f6a
 def _check_folder(folder: Path, cases: Sequence[Case], n: int) -> None:
     if not folder.is_dir(): raise DataError("no such folder of images", file=folder)
     found = {f.name for f in folder.iterdir() if re.fullmatch(r"\d+_\d+_\d+\.png", f.name)}
     needed = {image_name(c.index, p, z): c.index for c in cases for p in (0, 1) for z in range(n)}
     missing, extra = [name for name in needed if name not in found], sorted(found - set(needed))
-    if missing: raise DataError(f"missing image of case {needed[missing[0]]}; {len(missing)} of {len(needed)} are missing", file=folder / missing[0], row=needed[missing[0]])
-    if extra: raise DataError(f"{len(extra)} images belong to no case or to more than {n} images a prompt: check the cases and n", file=folder / extra[0])
+    if missing:
+        case = needed[missing[0]]
+        raise DataError(f"missing image of case {case}; {len(missing)} of {len(needed)} are missing", file=folder / missing[0], row=case)
+    if extra:
+        raise DataError(f"{len(extra)} images of no case, or of more than {n} images a prompt: check cases and n", file=folder / extra[0])
 
 def _open_image(file: Path, case: int) -> np.ndarray:  # uint8 [height, width, 3]
     from PIL import Image
     try:
         with Image.open(file) as image: return np.asarray(image.convert("RGB"))
-    except OSError as e: raise DataError(f"case {case}: not a readable image ({type(e).__name__}): make it again", file=file, row=case) from e
+    except OSError as e:
+        raise DataError(f"case {case}: not a readable image ({type(e).__name__}): make it again", file=file, row=case) from e
 
 def score_folder(
     folder: str | Path,               # holds X_Y_Z.png
@@ -192,12 +197,13 @@ def score_folder(
     rows = []
     for start in progress(range(0, len(items), chunk), "judge"):
         part = items[start : start + chunk]
-        images = [[_open_image(folder / image_name(i.meta["case"], i.meta["prompt_idx"], z), i.meta["case"]) for z in range(n)] for i in part]
+        names = [(i.meta["case"], i.meta["prompt_idx"]) for i in part]
+        images = [[_open_image(folder / image_name(x, y, z), x) for z in range(n)] for x, y in names]
         for judge in judges:
             rows += _rows(part, n, judge, _ask(judge, part, images))
     return _to_scores(rows, benchmark=benchmark, model=name or folder.name, variant=variant, train_seed=train_seed)
 
-# %% ../nbs/42_evaluate.ipynb #6905dcee
+# %% ../nbs/42_evaluate.ipynb #2c061503
 def write_score_file(
     scores: Scores,    # of PairComp, one model
     judge: str,        # whose scores
@@ -206,15 +212,19 @@ def write_score_file(
     "Write the own-caption scores of one judge in the official form."
     own = scores.frame.query("target == 'own' and judge == @judge").sort_values(["case", "prompt_idx", "image_idx"])
     if own.empty: raise DataError(f"no scores of judge {judge!r}: there are {', '.join(scores.frame.judge.unique())}", field="judge")
-    if len(own[["model", "variant", "train_seed"]].drop_duplicates()) > 1: raise DataError("scores of several models: choose one first", field="model")
-    record = lambda r: dict(pair_idx=r.case, prompt_idx=r.prompt_idx, image_idx=r.image_idx, score=None if np.isnan(r.score) else r.score)
+    runs = own[["model", "variant", "train_seed"]].drop_duplicates()
+    if len(runs) > 1: raise DataError("scores of several models: choose one first", field="model")
+    value = lambda s: None if np.isnan(s) else s
+    record = lambda r: dict(pair_idx=r.case, prompt_idx=r.prompt_idx, image_idx=r.image_idx, score=value(r.score))
     return write_atomic(path, json.dumps({str(case): [record(r) for r in part.itertuples()] for case, part in own.groupby("case")}))
 
-# %% ../nbs/42_evaluate.ipynb #8d82f508
+# %% ../nbs/42_evaluate.ipynb #ae056da3
 def _record(record: Any, case: int, file: Path) -> tuple[int, int, float | None]:  # prompt_idx, image_idx, score
     try: pair, prompt, image, score = (record[k] for k in ("pair_idx", "prompt_idx", "image_idx", "score"))
-    except (KeyError, TypeError) as e: raise DataError(f"a record needs pair_idx, prompt_idx, image_idx and score, got {record!r}", file=file, row=case) from e
-    if pair != case or prompt not in (0, 1): raise DataError(f"record of pair {pair}, prompt {prompt} under case {case}", file=file, row=case, field="prompt_idx" if pair == case else "pair_idx")
+    except (KeyError, TypeError) as e:
+        raise DataError(f"a record needs pair_idx, prompt_idx, image_idx and score, got {record!r}", file=file, row=case) from e
+    if pair != case: raise DataError(f"record of pair {pair} under case {case}", file=file, row=case, field="pair_idx")
+    if prompt not in (0, 1): raise DataError(f"prompt {prompt!r}: expected 0 or 1", file=file, row=case, field="prompt_idx")
     return prompt, image, score
 
 def read_score_file(
@@ -230,7 +240,8 @@ def read_score_file(
     file, items = Path(path), {(i.meta["case"], i.meta["prompt_idx"]): i for i in paircomp_items(cases)}
     try: content = json.loads(file.read_text())
     except json.JSONDecodeError as e: raise DataError(f"not valid JSON: {e.msg} at line {e.lineno}, column {e.colno}", file=file) from e
-    lost = sorted({c.index for c in cases} - {int(k) for k in content}) or sorted({int(k) for k in content} - {c.index for c in cases})
-    if lost: raise DataError(f"{len(content)} cases for {len(cases)}: case {lost[0]} is in only one of file and benchmark", file=file, row=lost[0])
+    lost = sorted({c.index for c in cases} ^ {int(k) for k in content})
+    if lost: raise DataError(f"{len(content)} cases, not {len(cases)}: case {lost[0]} is in only one of file and benchmark", file=file, row=lost[0])
     records = [(int(k), *_record(r, int(k), file)) for k, four in content.items() for r in four]
-    return _to_scores([[items[case, p], z, "own", judge, s] for case, p, z, s in records], benchmark=benchmark, model=name, variant=variant, train_seed=train_seed)
+    rows = [[items[case, p], z, "own", judge, s] for case, p, z, s in records]
+    return _to_scores(rows, benchmark=benchmark, model=name, variant=variant, train_seed=train_seed)

@@ -29,7 +29,7 @@ def case_means(
     "The two means of the images of each case."
     with np.errstate(divide="ignore"): return scores.mean(1), np.exp(np.log(scores).mean(1))
 
-# %% ../nbs/40_metrics.ipynb #1f39e96c
+# %% ../nbs/40_metrics.ipynb #0c5b1707
 RUN_KEYS = ("benchmark", "model", "variant", "train_seed", "judge")
 
 def run_keys(
@@ -47,7 +47,7 @@ def check_scores(
     "Raise a `DataError` that names the case for a missing column, a score outside [0, 1] or a score that is there twice."
     needed = ["case", "prompt_idx", "image_idx", "target", "score"]
     missing = [c for c in needed if c not in frame]
-    if missing: raise DataError(f"scores need the columns {', '.join(needed)}; missing: {', '.join(missing)}", field=missing[0])
+    if missing: raise DataError(f"scores need {', '.join(needed)}; missing: {', '.join(missing)}", field=missing[0])
     bad = frame[~(frame.score.isna() | frame.score.between(0, 1))]
     if len(bad): raise DataError(f"score {bad.score.iloc[0]} of case {bad.case.iloc[0]} is outside [0, 1]", field="score")
     names = [*run_keys(frame), "case", "prompt_idx", "image_idx", "target"]
@@ -55,7 +55,7 @@ def check_scores(
     if len(twice): raise DataError(f"{_where(tuple(twice[names].iloc[0]), names)}: scored twice", field="score")
     return frame
 
-# %% ../nbs/40_metrics.ipynb #7b6f8ee5
+# %% ../nbs/40_metrics.ipynb #0eda780f
 def _wide(frame: pd.DataFrame, target: str) -> pd.DataFrame:  # one row a case, one column an image
     own = check_scores(frame)
     own = own[own.target == target]
@@ -63,7 +63,8 @@ def _wide(frame: pd.DataFrame, target: str) -> pd.DataFrame:  # one row a case, 
     wide = own.pivot(index=names, columns=["prompt_idx", "image_idx"], values="score").sort_index(axis=1)
     found = own.groupby(names, observed=True).size()
     short = found[found != wide.shape[1]]
-    if len(short): raise DataError(f"{_where(short.index[0], names)}: {short.iloc[0]} images scored, other cases have {wide.shape[1]}", field="score")
+    if len(short):
+        raise DataError(f"{_where(short.index[0], names)}: {short.iloc[0]} images scored, other cases have {wide.shape[1]}", field="score")
     return wide
 
 def case_scores(
@@ -78,19 +79,22 @@ def case_scores(
     full_pass = np.where(failed > 0, np.nan, (scores > threshold).all(1))
     return wide.index.to_frame(index=False).assign(s_a=s_a, s_g=s_g, full_pass=full_pass, failed=failed)
 
-# %% ../nbs/40_metrics.ipynb #8ca387b4
+# %% ../nbs/40_metrics.ipynb #2e9676bc
+def _groups(frame: pd.DataFrame, keys: list[str]):  # as groupby, also for no keys: one group
+    return frame.groupby(keys, observed=True, sort=False) if keys else frame.groupby(np.zeros(len(frame)))
+
+def _means(cases: pd.DataFrame, keys: list[str], metrics: list[str]) -> pd.DataFrame:  # over valid cases, with both counts
+    first, failed = metrics[0], lambda x: int(x.isna().sum())
+    return _groups(cases, keys).agg(**{m: (m, "mean") for m in metrics}, cases=(first, "count"), failed=(first, failed)).reset_index()
+
 def _by_category(cases: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:  # means per category, then the two averages
     names = run_keys(cases)
-    group = lambda keys: cases.groupby(keys, observed=True, sort=False) if keys else cases.assign(_=0).groupby("_")
-    def summary(keys):
-        by, counts = group(keys), {"cases": (metrics[0], "count"), "failed": (metrics[0], lambda x: int(x.isna().sum()))}
-        return by.agg(**{m: (m, "mean") for m in metrics}, **counts)
-    per, weighted = summary([*names, "category"]).reset_index(), summary(names).reset_index()
-    keep = [*metrics, "cases", "failed"]
-    how = {**{m: (lambda x: x.mean(skipna=False)) for m in metrics}, "cases": "sum", "failed": "sum"}
-    average = (per.groupby(names, observed=True, sort=False) if names else per.assign(_=0).groupby("_")).agg(how).reset_index()
+    per, weighted = _means(cases, [*names, "category"], metrics), _means(cases, names, metrics)
+    macro = {m: (lambda x: x.mean(skipna=False)) for m in metrics}
+    average = _groups(per, names).agg({**macro, "cases": "sum", "failed": "sum"}).reset_index()
     rows = [per, average.assign(category="average"), weighted.assign(category="case_weighted")]
-    table = pd.concat([r[[*names, "category", *keep]].astype({"category": str}) for r in rows], ignore_index=True)
+    columns = [*names, "category", *metrics, "cases", "failed"]
+    table = pd.concat([r[columns].astype({"category": str}) for r in rows], ignore_index=True)
     order = [*CATEGORIES.values(), *sorted(set(table.category) - {*CATEGORIES.values(), *AVERAGES}), *AVERAGES]
     table["category"] = pd.Categorical(table.category, [c for c in order if (table.category == c).any()], ordered=True)
     return table.sort_values([*names, "category"], kind="stable").reset_index(drop=True)
@@ -109,7 +113,7 @@ def full_pass_rate(
     "Share of cases whose images all pass, by category and averaged."
     return _by_category(case_scores(frame, threshold), ["full_pass"])
 
-# %% ../nbs/40_metrics.ipynb #9eb132a8
+# %% ../nbs/40_metrics.ipynb #1f13b424
 def discrimination(
     frame: pd.DataFrame,  # scores with target "own" and "partner"
 ) -> pd.DataFrame:        # run keys, category (then the averages), own_wins, group, margin, cases, failed
@@ -123,7 +127,8 @@ def discrimination(
     failed, wins = np.isnan(margin).any(1), margin > 0
     blank = lambda x: np.where(failed, np.nan, x)
     cases = own.index.to_frame(index=False)
-    return _by_category(cases.assign(own_wins=blank(wins.mean(1)), group=blank(wins.all(1)), margin=blank(margin.mean(1))), ["own_wins", "group", "margin"])
+    cases = cases.assign(own_wins=blank(wins.mean(1)), group=blank(wins.all(1)), margin=blank(margin.mean(1)))
+    return _by_category(cases, ["own_wins", "group", "margin"])
 
 # %% ../nbs/40_metrics.ipynb #21421edb
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -15,7 +15,7 @@ import pandas as pd
 from .core import ConfigError, DataError, Run, repo_root, write_atomic
 from .metrics import CATEGORIES, case_scores, check_scores
 
-# %% ../nbs/50_results.ipynb #42c28635
+# %% ../nbs/50_results.ipynb #8cc089a3
 COLUMNS = {
     "benchmark": "str", "model": "str", "variant": "str", "train_seed": "int64",
     "case": "int64", "category": "str", "prompt_idx": "int64", "image_idx": "int64",
@@ -31,7 +31,7 @@ class Scores:
 
     def __post_init__(self):
         missing, extra = [c for c in COLUMNS if c not in self.frame], [c for c in self.frame if c not in COLUMNS]
-        if missing or extra: raise DataError(f"scores need exactly the columns {', '.join(COLUMNS)}; missing {missing}, unknown {extra}", field=(missing + extra)[0])
+        if missing or extra: raise DataError(f"scores need exactly {', '.join(COLUMNS)}; missing {missing}, unknown {extra}")
         text = {c: str for c, kind in COLUMNS.items() if kind == "str"}
         numbers = {c: kind for c, kind in COLUMNS.items() if kind != "str"}
         self.frame = self.frame[list(COLUMNS)].astype({**text, **numbers}).reset_index(drop=True)
@@ -73,12 +73,13 @@ def load_scores(
 
 Scores.save, Scores.load = save_scores, staticmethod(load_scores)
 
-# %% ../nbs/50_results.ipynb #d57050e5
+# %% ../nbs/50_results.ipynb #770068fb
 @lru_cache
 def _published(paper: str) -> pd.DataFrame:
     folder = repo_root() / "data" / "published"
     file = folder / f"{paper}.csv"
-    if not file.exists(): raise ConfigError(f"no published numbers for {paper!r}: choose one of {', '.join(sorted(f.stem for f in folder.glob('*.csv')))}")
+    papers = sorted(f.stem for f in folder.glob("*.csv"))
+    if paper not in papers: raise ConfigError(f"no published numbers for {paper!r}: choose one of {', '.join(papers)}")
     frame = pd.read_csv(file, keep_default_na=False, dtype=str)
     return frame.assign(value=frame.value.where(frame.value != "").astype(float))
 
@@ -108,7 +109,7 @@ def macro_gap(
     "How far the printed average is from the mean of the printed categories."
     return grid[[f"{c} {metric}" for c in CATEGORIES.values()]].mean(axis=1) - grid[f"average {metric}"]
 
-# %% ../nbs/50_results.ipynb #db771270
+# %% ../nbs/50_results.ipynb #1ff61285
 def paired_interval(
     a: np.ndarray,                    # [item] scores of the baseline
     b: np.ndarray,                    # [item] scores of the other model on the same items, in the same order
@@ -119,8 +120,10 @@ def paired_interval(
 ) -> tuple[float, float, float]:      # mean difference, lower end, upper end
     "Mean of `b - a` with its paired percentile-bootstrap interval over items."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.ndim != 1 or a.shape != b.shape: raise DataError(f"paired scores need one shape [item], got a {a.shape} and b {b.shape}: align them by item first")
-    if not len(a) or np.isnan(a).any() or np.isnan(b).any(): raise DataError(f"need at least one item and no NaN, got {len(a)} items, {np.isnan(b - a).sum()} NaN: drop failed items in both")
+    if a.ndim != 1 or a.shape != b.shape:
+        raise DataError(f"paired scores need one shape [item], got a {a.shape} and b {b.shape}: align them by item first")
+    if not len(a) or np.isnan(b - a).any():
+        raise DataError(f"need at least one item and no NaN, got {len(a)} items, {np.isnan(b - a).sum()} NaN: drop failed items in both")
     if not 0 < level < 1: raise ConfigError(f"level {level} is not in (0, 1): 0.95 is the usual one")
     labels = np.unique(np.zeros(len(a)) if groups is None else groups, return_inverse=True)[1]
     parts = [(b - a)[labels == k] for k in range(labels.max() + 1)]
@@ -160,7 +163,7 @@ class Difference:
         ends = f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
         return f"{ends} ({self.metric} x100, {self.judge}, {self.cases} cases, {self.variant_seeds} seed{'s' * (self.variant_seeds != 1)})"
 
-# %% ../nbs/50_results.ipynb #91c2cc27
+# %% ../nbs/50_results.ipynb #bd5ed24c
 def case_matrix(
     frame: pd.DataFrame,  # scores
     variant: str,         # which variant
@@ -174,7 +177,8 @@ def case_matrix(
         if value not in have: raise DataError(f"no scores of {column} {value!r}: there are {', '.join(have) or 'none'}", field=column)
     part = frame[(frame.variant == variant) & (frame.judge == judge)]
     for column in ("benchmark", "model"):
-        if part[column].nunique() > 1: raise DataError(f"{variant} has scores of several {column}s ({', '.join(part[column].unique())}): choose one first", field=column)
+        found = part[column].unique()
+        if len(found) > 1: raise DataError(f"{variant} has scores of several {column}s ({', '.join(found)}): choose one", field=column)
     return case_scores(part).pivot(index=["category", "case"], columns="train_seed", values=metric)
 
 def compare(
@@ -192,7 +196,7 @@ def compare(
     a, b = (case_matrix(frame, v, judge, metric) for v in (baseline, variant))
     if not a.index.equals(b.index):
         category, case = a.index.symmetric_difference(b.index)[0]
-        raise DataError(f"case {case} ({category}) was scored for only one of {baseline!r} and {variant!r}: evaluate both on the same cases", field="case")
+        raise DataError(f"case {case} ({category}) was scored for only one of {baseline!r}, {variant!r}: evaluate both on it", field="case")
     valid = (a.notna().all(axis=1) & b.notna().all(axis=1)).to_numpy()
     lost = set(a.index.get_level_values("category")) - set(a.index[valid].get_level_values("category"))
     if lost: raise DataError(f"no case of category {sorted(lost)[0]!r} was judged without failure in both: judge again", field="score")
