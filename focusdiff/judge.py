@@ -263,7 +263,7 @@ def load_vlm_judge(
     model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", trust_remote_code=False).to(device or pick_device())
     return VLMJudge(model, processor, question, batch_size, Path(name).name, checkpoint_digest(path, model))
 
-# %% ../nbs/11_judge.ipynb #df4d60a8
+# %% ../nbs/11_judge.ipynb #c8a83a6a
 def read_cache(
     path: Path,                               # JSON lines of image, prompt, score
 ) -> tuple[dict[tuple[str, str], float], int]:  # scores by (image hash, prompt), number of damaged lines
@@ -277,6 +277,7 @@ def read_cache(
         except (ValueError, KeyError, TypeError): damaged += 1
     return scores, damaged
 
+# %% ../nbs/11_judge.ipynb #58122ea9
 class CachedJudge:
     "A judge that remembers, across runs and kills, in `folder`."
     def __init__(
