@@ -117,7 +117,7 @@ _SCALES = {  # per method: what a scale overrides
     "paper": {SFTConfig: {}, GRPOConfig: {}, PairGRPOConfig: {}},
 }
 
-# %% ../nbs/23_sft.ipynb #25423a0b
+# %% ../nbs/23_sft.ipynb #2757ca11
 @dataclass
 class TrainingPreset:
     "Everything that `62_train_policy` needs to know about one run."
@@ -127,8 +127,9 @@ class TrainingPreset:
     truth: str | None          # judge for the log only; None: there is no computable truth
     trainer: dict = field(default_factory=dict)  # of `make_trainer`
     record_step: int = 0       # whose group Figure 4 shows
+    checkpointing: bool = False  # recompute activations in the backward pass (on in the official recipe)
 
-# %% ../nbs/23_sft.ipynb #f1cfb590
+# %% ../nbs/23_sft.ipynb #5998ad37
 def training_preset(
     scale: str,      # one of `core.SCALES`
     variant: str,    # one of `VARIANTS`
@@ -142,4 +143,4 @@ def training_preset(
     start = "sft" if issubclass(method or SFTConfig, GRPOConfig) else "deepseek-community/Janus-Pro-7B" if scale == "paper" else "tiny-janus"
     if scale != "paper": return TrainingPreset(start, config, "tiny-llava", "oracle", dict(save_every=10))
     trainer = dict(devices=8, strategy="deepspeed_stage_2", precision="bf16-mixed", accumulate=4, save_every=100)   # grpo.yml
-    return TrainingPreset(start, config, "http://localhost:8000/v1#OpenGVLab/InternVL2_5-26B", None, trainer)
+    return TrainingPreset(start, config, "http://localhost:8000/v1#OpenGVLab/InternVL2_5-26B", None, trainer, checkpointing=True)
