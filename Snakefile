@@ -45,6 +45,7 @@ REPORTS = sorted(p.stem for p in Path("nbs/report").glob("[89]*.ipynb"))
 TRAINED = [(v, s) for v in RUN["methods"] for s in RUN["seeds"]] + [(v, s) for v in RUN["attribution"] for s in RUN["attribution_seeds"]]
 FIRST = RUN["benchmarks"][0]
 EVALUATED = [(b, v, s) for b in RUN["benchmarks"] for v, s in [("base", 0), *TRAINED] if b == FIRST or v in ["base", *METHODS]]
+if FIRST == "paircomp-scenes": EVALUATED.append((FIRST, "render", 0))   # what the judges give to true pictures
 
 PAIRS = [f"{OUT}/pairs/pairs.json", f"{OUT}/pairs/funnel.parquet"]
 TRAINING = [f"{OUT}/train/{v}-{s}/run.json" for v, s in TRAINED]
@@ -63,7 +64,7 @@ def starts_from(wildcards):
     return ZOO if wildcards.variant == "sft" else [f"{OUT}/train/sft-{wildcards.seed}/run.json"]
 
 def judged(wildcards):
-    return ZOO if wildcards.variant == "base" else [f"{OUT}/train/{wildcards.variant}-{wildcards.seed}/run.json"]
+    return ZOO if wildcards.variant in ("base", "render") else [f"{OUT}/train/{wildcards.variant}-{wildcards.seed}/run.json"]
 
 def report_reads(wildcards):
     files = {"pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
