@@ -67,7 +67,7 @@ def read_records(
         if not isinstance(record, dict): raise DataError(f"expected an object, got {type(record).__name__}", path, row)
     return records
 
-# %% ../nbs/10_pairs.ipynb #39a4f441
+# %% ../nbs/10_pairs.ipynb #57d181ee
 def read_text_field(
     record: dict,      # one of `read_records`
     name: str,         # its key
@@ -86,27 +86,28 @@ def read_image_field(
     name: str,         # its key
     path: str | Path,  # for error messages
     row: int,          # for error messages
-    root: Path,        # images must lie below it
+    root: str | Path | None = None,  # folder that the path starts from and must not leave; None: the record file's, which an absolute path may leave
 ) -> Path:             # absolute, an existing file
-    "One image path of a record; an absolute one is taken as it is, but must lie below `root`."
+    "One image path of a record."
     text = read_text_field(record, name, path, row)
-    image, base = Path(os.path.abspath(root / text)), Path(os.path.abspath(root))
-    if not image.is_relative_to(base): raise DataError(f"{text!r} lies outside {str(base)!r}: pass a root that holds all images", path, row, name)
+    base = Path(os.path.abspath(Path(path).parent if root is None else root))
+    image = Path(os.path.abspath(base / text))
+    if not image.is_relative_to(base) and (root is not None or not Path(text).is_absolute()): raise DataError(f"{text!r} lies outside {str(base)!r}: pass a root that holds all images", path, row, name)
     if not image.is_file(): raise DataError(f"no such image: {text!r}", path, row, name)
     return image
 
-# %% ../nbs/10_pairs.ipynb #65bf57ae
+# %% ../nbs/10_pairs.ipynb #494fa7cb
 def read_pairs(
     path: str | Path,                # JSON array (official) or .jsonl
-    root: str | Path | None = None,  # folder that image paths start from and must not leave; None: the file's folder
+    root: str | Path | None = None,  # folder that image paths start from and must not leave; None: the file's own, and absolute paths are taken as they are
     decode: bool = False,            # also decode every image now, instead of when it is needed
 ) -> list[PromptPair]:               # in file order
     "Read prompt pairs with their images (section 2.3)."
-    base, pairs = Path(root) if root is not None else Path(path).parent, []
+    pairs = []
     for row, record in enumerate(read_records(path)):
         prompts = [read_text_field(record, name, path, row) for name in ("prompt1", "prompt2")]
         names = [name for name in ("image1", "image2") if record.get(name, "") is not None]
-        images = {name: read_image_field(record, name, path, row, base) for name in names}
+        images = {name: read_image_field(record, name, path, row, root) for name in names}
         pairs.append(PromptPair(*prompts, **images, file=Path(path), row=row))
         if decode and images: load_images(pairs[-1])
     return pairs
