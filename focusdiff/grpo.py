@@ -21,7 +21,7 @@ from .policy import Sampling
 from .rewards import qa_reward
 from .training import StepModule
 
-# %% ../nbs/21_grpo.ipynb #a2c437a8
+# %% ../nbs/21_grpo.ipynb #b0d3c038
 def _over_groups(rewards: Float[Tensor, "row"], valid: Bool[Tensor, "row"], group: Int[Tensor, "row"]):
     # per row: mean, unbiased std and "all equal" of the valid rewards of its group; and the group's index 0, 1, ...
     names, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)
@@ -30,8 +30,8 @@ def _over_groups(rewards: Float[Tensor, "row"], valid: Bool[Tensor, "row"], grou
     n = total(torch.ones_like(rewards))
     mean = (total(rewards) / n.clamp(min=1))[index]
     std = (total((rewards - mean).square()) / (n - 1).clamp(min=1)).sqrt()[index]
-    high = torch.full_like(n, -torch.inf).index_reduce(0, index[valid], rewards[valid], "amax")
-    low = torch.full_like(n, torch.inf).index_reduce(0, index[valid], rewards[valid], "amin")
+    high = torch.full_like(n, -torch.inf).scatter_reduce(0, index[valid], rewards[valid], "amax")
+    low = torch.full_like(n, torch.inf).scatter_reduce(0, index[valid], rewards[valid], "amin")
     return mean, std, (high <= low)[index], index
 
 # %% ../nbs/21_grpo.ipynb #ad295901
