@@ -105,13 +105,13 @@ VARIANTS = {
     "pair_reconstructed_reward": (PairGRPOConfig, dict(reward_on="reconstructed")),
 }
 
-# %% ../nbs/23_sft.ipynb #151524a9
-_TINY_RL = dict(max_steps=60, pairs_per_step=24, guidance=None, beta=0.02, peak_lr=1e-4, convert_lr=5e-5, final_lr=1e-5, warmup_steps=5, convert_step=30)
+# %% ../nbs/23_sft.ipynb #33f2c6f0
+_TINY_RL = dict(max_steps=40, pairs_per_step=12, guidance=None, beta=0.01, peak_lr=3e-4, convert_lr=1.5e-4, final_lr=3e-5, warmup_steps=5, convert_step=20)
 _SCALES = {  # per method: what a scale overrides
-    "tiny": {SFTConfig: dict(max_steps=150, pairs_per_step=32, peak_lr=2e-4, final_lr=2e-5, warmup_steps=10), GRPOConfig: _TINY_RL, PairGRPOConfig: _TINY_RL | dict(schedule_steps=48)},
+    "tiny": {SFTConfig: dict(max_steps=150, pairs_per_step=32, peak_lr=2e-4, final_lr=2e-5, warmup_steps=10), GRPOConfig: _TINY_RL, PairGRPOConfig: _TINY_RL | dict(schedule_steps=32)},
     "small": {SFTConfig: dict(max_steps=600, pairs_per_step=32, peak_lr=2e-4, final_lr=2e-5, warmup_steps=30),
-              GRPOConfig: _TINY_RL | dict(max_steps=300, pairs_per_step=48, convert_step=150, warmup_steps=20),
-              PairGRPOConfig: _TINY_RL | dict(max_steps=300, pairs_per_step=48, convert_step=150, warmup_steps=20, schedule_steps=240)},
+              GRPOConfig: _TINY_RL | dict(max_steps=300, pairs_per_step=24, convert_step=150, warmup_steps=20),
+              PairGRPOConfig: _TINY_RL | dict(max_steps=300, pairs_per_step=24, convert_step=150, warmup_steps=20, schedule_steps=240)},
     "smoke": {SFTConfig: dict(max_steps=3, pairs_per_step=2, warmup_steps=1), GRPOConfig: dict(max_steps=2, pairs_per_step=2, guidance=None),
               PairGRPOConfig: dict(max_steps=2, pairs_per_step=2, guidance=None)},
     "paper": {SFTConfig: {}, GRPOConfig: {}, PairGRPOConfig: {}},
