@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
-# %% ../nbs/13_pair_builder.ipynb #c333c497
+# %% ../nbs/13_pair_builder.ipynb #11b86ee4
 from .core import ConfigError, DataError, derive_seed, progress, write_atomic
 from .pairs import PromptPair, load_images, read_image_field, read_records, read_text_field
-from .scenes import (COLORS, FAULTS, FILLS, NUMBERS, RELATIONS, SHAPES, SIZES, STYLES, TOLERANCE, TONES, Edit, Fact, Facts, Noun, Scene, Thing,
-                              apply_edit, caption_facts, faulty_edit, holds, oracle_scores, propose_edit, read_images, reading_to_scene, sample_scene, write_caption)
+from .scenes import (COLORS, FAULTS, FILLS, NUMBERS, RELATIONS, SHAPES, SIZES, TOLERANCE, Fact, Facts, Noun, Scene, Thing,
+                              apply_edit, caption_facts, faulty_edit, oracle_scores, propose_edit, read_images, reading_to_scene, sample_scene, write_caption)
 
 # %% ../nbs/13_pair_builder.ipynb #c0abc23b
 @dataclass(frozen=True)
@@ -508,7 +508,7 @@ def build_rows(
         done.update((row["id"], row) for row in rows)
     return [done[e.id] for e in edits]
 
-# %% ../nbs/13_pair_builder.ipynb #fc7a0f4a
+# %% ../nbs/13_pair_builder.ipynb #52b87061
 def build_pairs(
     edits: Sequence[EditPair],
     builder: PairBuilder,
@@ -518,8 +518,8 @@ def build_pairs(
     "Build FocusDiff-Data from image edits (section 3.1, Figure 8)."
     rows, by_id = build_rows(edits, builder, log, chunk), {e.id: e for e in edits}
     attempts = [dict(id=row["id"], attempt=n, **tried) for row in rows for n, tried in enumerate(row["attempts"], 1)]
-    funnel = [dict({k: v for k, v in row.items() if k != "attempts"}, attempt=len(row["attempts"]), instruction=by_id[row["id"]].instruction,
-                   **{k: v for k, v in (row["attempts"] or [{}])[-1].items() if k != "verdict"}) for row in rows]
+    funnel = [dict({k: v for k, v in row.items() if k not in ("attempts", "verdict")}, attempt=len(row["attempts"]), instruction=by_id[row["id"]].instruction,
+                   **dict(row["attempts"][-1] if row["attempts"] else {}, verdict=row["verdict"])) for row in rows]
     pairs = [PromptPair(f["prompt1"], f["prompt2"], by_id[f["id"]].image1, by_id[f["id"]].image2) for f in funnel if f["verdict"] == "kept"]
     return pairs, _frame(funnel, ("id", "instruction", *EDIT_CHECKS, *_OK[:3])), _frame(attempts, ("id",))
 

@@ -67,7 +67,7 @@ def read_records(
         if not isinstance(record, dict): raise DataError(f"expected an object, got {type(record).__name__}", path, row)
     return records
 
-# %% ../nbs/10_pairs.ipynb #57d181ee
+# %% ../nbs/10_pairs.ipynb #3c23a602
 def read_text_field(
     record: dict,      # one of `read_records`
     name: str,         # its key
@@ -86,13 +86,14 @@ def read_image_field(
     name: str,         # its key
     path: str | Path,  # for error messages
     row: int,          # for error messages
-    root: str | Path | None = None,  # folder that the path starts from and must not leave; None: the record file's, which an absolute path may leave
+    root: str | Path | None = None,  # as in `read_pairs`
 ) -> Path:             # absolute, an existing file
     "One image path of a record."
     text = read_text_field(record, name, path, row)
     base = Path(os.path.abspath(Path(path).parent if root is None else root))
     image = Path(os.path.abspath(base / text))
-    if not image.is_relative_to(base) and (root is not None or not Path(text).is_absolute()): raise DataError(f"{text!r} lies outside {str(base)!r}: pass a root that holds all images", path, row, name)
+    if not image.is_relative_to(base) and (root is not None or not Path(text).is_absolute()):
+        raise DataError(f"{text!r} lies outside {str(base)!r}: pass a root that holds all images", path, row, name)
     if not image.is_file(): raise DataError(f"no such image: {text!r}", path, row, name)
     return image
 
@@ -153,7 +154,7 @@ def open_image(
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f"cannot decode the image {str(path)!r}: {e}; fetch it again or drop the record", file or path, row, field) from e
 
-# %% ../nbs/10_pairs.ipynb #2fddaba1
+# %% ../nbs/10_pairs.ipynb #4405b990
 def load_images(
     pair: Any,               # a `PromptPair`, or whatever else has `image1`, `image2`, `file` and `row`
     size: int | None = None, # side of the square crop; None: as they are, if both have one size
@@ -162,7 +163,8 @@ def load_images(
     if pair.image1 is None: raise DataError("this pair has no images", pair.file, pair.row, "image1")
     images = [open_image(getattr(pair, name), pair.file, pair.row, name) for name in ("image1", "image2")]
     if size is not None: return np.stack([center_crop(image, size) for image in images])
-    if images[0].size != images[1].size: raise DataError(f"the images have different sizes, {images[0].size} and {images[1].size}: pass size= to crop both", pair.file, pair.row, "image2")
+    if images[0].size != images[1].size: 
+        raise DataError(f"the images have different sizes, {images[0].size} and {images[1].size}: pass size= to crop both", pair.file, pair.row, "image2")
     return np.stack([np.asarray(image) for image in images])
 
 # %% ../nbs/10_pairs.ipynb #9922f38d
