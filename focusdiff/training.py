@@ -4,16 +4,16 @@
 __all__ = ['MetricsFile', 'StepSeed', 'TimeLeft', 'NotFinite', 'FiniteLoss', 'StepModule', 'make_trainer', 'checkpoint_to_resume',
            'fit']
 
-# %% ../nbs/03_training.ipynb #cfed6b83
-import dataclasses, json, math, os, warnings, zipfile
+# %% ../nbs/03_training.ipynb #22e71212
+import dataclasses, json, math, warnings, zipfile
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/03_training.ipynb #edaf238b
+# %% ../nbs/03_training.ipynb #cd6a2b6f
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 
 # %% ../nbs/03_training.ipynb #b37c0509
 from .core import ConfigError, DataError, FocusDiffError, StatusFile, derive_seed, seed_everything, write_atomic
