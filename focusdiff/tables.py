@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'MAIN', 'JUDGE_ROLES', 'BLOCKS', 'NOT_RUN', 'NOT_PUBLISHED', 'CELL', 'judge_role', 'judge_label', 'by_role',
            'make_cells', 'grid_cells', 'cell_text', 'Table', 'to_markdown', 'latex_text', 'to_latex', 'save_table',
-           'benchmark_at', 'own_scores', 'measured_scores', 'gains', 'present', 'footer']
+           'benchmark_at', 'own_scores', 'measured_scores', 'mean_interval', 'case_values', 'gains', 'present',
+           'footer']
 
-# %% ../nbs/51_tables.ipynb #a411c22a
+# %% ../nbs/51_tables.ipynb #e1ec32bc
 import dataclasses
 from pathlib import Path
 from typing import Sequence
@@ -14,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .core import ConfigError, DataError, check_scale, out_dir, repo_root, write_atomic
-from .metrics import CATEGORIES, paircomp_table
-from .results import Scores, compare
+from .metrics import case_scores
+from .results import Scores, paired_interval
 
 # %% ../nbs/51_tables.ipynb #4ed0f7cd
 METHODS = {
@@ -47,7 +48,7 @@ def by_role(
     roles = ("reward judge", "held-out judge", "oracle")
     return sorted((j for j in set(judges) if judge_role(j) in roles), key=lambda j: (roles.index(judge_role(j)), j))
 
-# %% ../nbs/51_tables.ipynb #e28c378a
+# %% ../nbs/51_tables.ipynb #50d231df
 BLOCKS = {
     "published": "Published",
     "paper": "Measured at scale paper (the papers' checkpoints, data and judges)",
@@ -68,7 +69,8 @@ def make_cells(
     if unknown: raise DataError(f"a cell has the columns {', '.join(CELL)}; unknown: {', '.join(map(str, unknown))}", field=str(unknown[0]))
     for name in ("row", "column"):
         if name not in cells: raise DataError(f"a cell needs its {name}", field=name)
-    return cells.assign(**{k: v for k, v in CELL.items() if k not in cells})[list(CELL)]
+    cells = cells.assign(**{k: v for k, v in CELL.items() if k not in cells})[list(CELL)]
+    return cells.fillna({k: v for k, v in CELL.items() if isinstance(v, str)})
 
 # %% ../nbs/51_tables.ipynb #ea74386c
 def grid_cells(
@@ -95,7 +97,7 @@ def cell_text(
     if "+" in cell.format and (cell.low > 0 or cell.high < 0): value = bold.format(value)
     return f"{value} [{cell.format.format(cell.low)}, {cell.format.format(cell.high)}]"
 
-# %% ../nbs/51_tables.ipynb #86f9f6ff
+# %% ../nbs/51_tables.ipynb #5d664994
 @dataclasses.dataclass
 class Table:
     "A finished table: title, cells, blocks, a footer for each block."
@@ -114,7 +116,9 @@ class Table:
         twice = self.cells[self.cells.duplicated(where)]
         if len(twice): raise DataError("two cells in one place: " + ", ".join(f"{k} {v!r}" for k, v in twice.iloc[0][where].items()), field="column")
 
-    def columns(self) -> list[tuple[str, str]]: return list(dict.fromkeys(zip(self.cells.over, self.cells.column)))
+    def columns(self) -> list[tuple[str, str]]:  # (over, column) in order of appearance, those with one heading side by side
+        pairs = list(dict.fromkeys(zip(self.cells.over, self.cells.column)))
+        return sorted(pairs, key=lambda p: [over for over, _ in pairs].index(p[0]))
 
     def block_rows(self, block: str) -> dict[tuple[str, str], dict]:  # (section, row) -> {(over, column): cell}
         rows: dict = {}
@@ -214,13 +218,14 @@ def save_table(
     for end, text in ((".md", to_markdown(table)), (".tex", to_latex(table))): write_atomic(out_dir(scale) / "tables" / (stem + end), text)
     return table
 
-# %% ../nbs/51_tables.ipynb #0294555f
+# %% ../nbs/51_tables.ipynb #0e495671
 def benchmark_at(
     benchmark: str,  # a scene twin, such as "t2i-compbench-scenes"
     scale: str,      # where it is run
 ) -> str:            # the same, or at scale paper the official benchmark, "t2i_compbench"
     "The prompts that a benchmark stands for at a scale."
-    return benchmark.removesuffix("-scenes").replace("-", "_") if check_scale(scale) == "paper" else benchmark
+    official = benchmark.removesuffix("-scenes").replace("-", "_")
+    return official if check_scale(scale) == "paper" and official in ("paircomp", "geneval", "t2i_compbench", "dpg") else benchmark
 
 def own_scores(
     benchmark: str,  # a scene twin
@@ -242,7 +247,26 @@ def measured_scores(
     found[scale] = own_scores(benchmark, scale)
     return {b: found[b] for b in BLOCKS if b in found}
 
-# %% ../nbs/51_tables.ipynb #6a37eda7
+# %% ../nbs/51_tables.ipynb #244c5cb0
+def mean_interval(
+    values: pd.Series,  # one value a case, indexed by (category, case)
+) -> tuple[float, float, float]:  # mean of the category means, lower end, upper end of its 95 % interval
+    "A macro average with its bootstrap interval over cases."
+    return paired_interval(np.zeros(len(values)), values.to_numpy(float), groups=values.index.get_level_values("category").to_numpy())
+
+def case_values(
+    scores: Scores | pd.DataFrame,  # of one benchmark
+    metric: str,                    # "s_a", "s_g" or "full_pass"
+    judge: str,                     # whose scores
+) -> pd.DataFrame:                  # index (category, case), columns (variant, train_seed)
+    "One metric case by case, all variants side by side; NaN where a judgement failed."
+    frame = scores.frame if isinstance(scores, Scores) else scores
+    cases = case_scores(frame[frame.judge == judge])
+    sizes = cases.groupby(["variant", "train_seed"]).size()
+    if sizes.nunique() > 1: raise DataError(f"{sizes.idxmin()} has {sizes.min()} cases, {sizes.idxmax()} has {sizes.max()}: evaluate all variants on the same cases", field="case")
+    return cases.pivot(index=["category", "case"], columns=["variant", "train_seed"], values=metric)
+
+# %% ../nbs/51_tables.ipynb #3afcdd8e
 def gains(
     scores: Scores | pd.DataFrame,      # several variants on one benchmark
     baseline: str,                      # variant to compare with
@@ -250,14 +274,23 @@ def gains(
     judges: Sequence[str],              # whose scores
     metrics: Sequence[str] = ("s_a", "s_g"),
     categories: Sequence[str] = ("average",),  # "average" or names of categories
-) -> pd.DataFrame:                      # the fields of `Difference`, and category
-    "Gains over the baseline with paired-bootstrap intervals over cases."
+) -> pd.DataFrame:                      # judge, metric, variant, category, difference, low, high, cases, by_seed
+    "Gains over the baseline on the same cases, with paired-bootstrap intervals over cases."
     frame = scores.frame if isinstance(scores, Scores) else scores
-    rows = []
-    for category in categories:
-        part = frame if category == "average" else frame[frame.category == category]
-        rows += [dict(category=category, **dataclasses.asdict(compare(part, baseline, v, j, m))) for v in variants for j in judges for m in metrics]
+    frame, rows = frame[frame.variant.isin([baseline, *variants])], []
+    for judge, metric in ((j, m) for j in judges for m in metrics):
+        wide = case_values(frame, metric, judge)
+        for variant in variants:
+            complete = wide[[baseline, variant]].dropna()
+            base = complete[baseline].mean(axis=1)
+            for category in categories:
+                part = complete.index.get_level_values("category") == category if category != "average" else slice(None)
+                by_seed = [_macro(complete[variant][s][part] - base[part]) for s in complete[variant]]
+                difference, low, high = mean_interval(complete[variant].mean(axis=1)[part] - base[part])
+                rows.append(dict(judge=judge, metric=metric, variant=variant, category=category, difference=difference, low=low, high=high, cases=len(base[part]), by_seed=by_seed))
     return pd.DataFrame(rows)
+
+def _macro(values: pd.Series) -> float: return float(values.groupby(level="category").mean().mean())  # the mean of `mean_interval`
 
 def present(
     scores: Scores | pd.DataFrame,     # of one benchmark
@@ -267,15 +300,15 @@ def present(
     frame = scores.frame if isinstance(scores, Scores) else scores
     return [v for v in variants if (frame.variant == v).any()]
 
-# %% ../nbs/51_tables.ipynb #921480e4
+# %% ../nbs/51_tables.ipynb #bad60e1d
 def footer(
     scores: Scores | pd.DataFrame,  # of one block
     interval: str = "95 % paired bootstrap over cases within categories, 10,000 resamples",  # how they were made; "": there are none
 ) -> str:                           # one paragraph
     "How many cases, images, training seeds and failed judgements stand behind a block."
     frame = scores.frame if isinstance(scores, Scores) else scores
-    seeds = frame.groupby("variant").train_seed.nunique()
-    counts = [f"{n} ({', '.join(METHODS.get(v, v) for v in seeds.index[seeds == n])})" for n in sorted(set(seeds))]
+    seeds = frame.groupby("variant").train_seed.nunique().loc[present(frame, METHODS)]
+    counts = [f"{n} ({', '.join(METHODS[v] for v in seeds.index[seeds == n])})" for n in sorted(set(seeds))] if seeds.nunique() > 1 else [f"{seeds.iloc[0]} for each variant"]
     each = frame[["prompt_idx", "image_idx"]].drop_duplicates().shape[0]
     text = f"Model {', '.join(sorted(frame.model.unique()))}; n = {frame.case.nunique()} items of {', '.join(frame.benchmark.unique())}, {each} image{'s' * (each > 1)} each; training seeds: {'; '.join(counts)}."
     failed = int(frame.score.isna().sum())
