@@ -32,6 +32,8 @@ SECONDS = {"61_build_pairs": 60, "62_train_policy": 120, "63_evaluate": 60, "rep
 # What a report reads, if it is not everything: "pairs", "training", or the name of a benchmark.
 REPORT_READS = {
     "99_index": ["reports"],
+    "83_fig3_pairs": ["pairs"],
+    "88_fig8_funnel": ["pairs"],
 }
 
 # ---------------------------------------------------------------------------------------------------------------- names
