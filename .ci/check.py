@@ -133,7 +133,7 @@ def merge_marker(root):
         if path.is_file() and path.suffix not in (".png", ".pdf") and re.search(r'^[\s"]*(<{7} |>{7} |={7}(\\n)?[",]*$)', path.read_text(encoding="utf-8", errors="ignore"), re.M):
             yield f"{path.relative_to(root)}: merge markers"
 
-PATHS = re.compile(r"(?<![\w./:])/(?:home|root|Users|work|tmp|var|opt|mnt|usr|private|workspace)/[\w.@-]+|\b[A-Z]:\\\\?Users")
+PATHS = re.compile(r"(?<![\w./:<~…\])}-])/[A-Za-z_][\w.@+-]*/[\w.@+-]+|\b[A-Z]:\\\\?Users|(?:Posix|Windows)Path\(")   # any absolute path of two parts
 ADDRESSES = re.compile(r"\b0x[0-9a-f]{6,}\b|\b(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}:\d+\b")
 BARS = re.compile(r"\d+%\|.*\||\bit/s\b|s/it\b|[█▏▎▍▌▋▊▉]{2,}")
 WARNINGS = re.compile(r"\b\w*Warning: |\[\w+\] WARNING")
@@ -251,7 +251,7 @@ def _breaks():
         leaked_variable: [("a notebook's variable", edit("focusdiff/core.py", "return 1", "return demo")), ("a syntax error", edit("focusdiff/core.py", "return 1", "return (1"))],
         star_import: [("a star", core("#| export\nfrom os import *"))],
         merge_marker: [("in a module", edit("focusdiff/core.py", "def one", "<<<<<<< HEAD\ndef one")), ("in a notebook", lambda r: (r / "nbs/00_core.ipynb").open("a").write("\n>>>>>>> other\n"))],
-        dirty_output: [("a home folder", core("1", outputs=printed("saved to /home/someone/run"))), ("an address", core("1", outputs=printed("<object at 0x7f12ab34cd56>"))),
+        dirty_output: [("a home folder", core("1", outputs=printed("saved to /home/someone/run"))), ("a folder of any name", core("1", outputs=printed("PosixPath('/scratch7/someone/run')"))), ("an address", core("1", outputs=printed("<object at 0x7f12ab34cd56>"))),
                        ("a bar", core("1", outputs=printed(" 42%|####      | 42/100"))), ("a warning", core("1", outputs=printed("FutureWarning: soon"))),
                        ("in an executed copy", lambda r: write_notebook(r / "reports/notebooks/80_table.ipynb", "1", outputs=printed("/root/x")))],
         oversized_output: [("61 KB", core("1", outputs=printed("x" * 62_000))), ("260 KB in all", core("1", outputs=[o for _ in range(5) for o in printed("x" * 53_000)]))],

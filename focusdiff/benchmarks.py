@@ -14,7 +14,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from .core import ConfigError, DataError, derive_seed, repo_root, write_atomic
+from .core import ConfigError, DataError, derive_seed, write_atomic
 from .metrics import CATEGORIES, CATEGORY_COUNTS, GENEVAL_TAGS
 from .scenes import COLORS, FILLS, HELD_OUT, LETTERS, MAX_THINGS, RELATIONS, SHAPES, SIZES, STYLES, TONES
 from .scenes import Fact, Facts, Noun, write_caption

@@ -194,7 +194,7 @@ def list_images(args: argparse.Namespace) -> list[tuple[str, Path, str]]:  # (na
 
 # %% ../nbs/53_cli.ipynb #95add5b8
 def _question(args: argparse.Namespace) -> Any:  # `Question`
-    from focusdiff.judge import OFFICIAL_QUESTION, Question
+    from focusdiff.question import OFFICIAL_QUESTION, Question
     if args.official and args.question: raise ConfigError("--official fixes the question: leave --question out")
     return OFFICIAL_QUESTION if args.official else Question(args.question) if args.question else Question()
 
@@ -320,8 +320,10 @@ image paths start from the file's folder.""")
 # %% ../nbs/53_cli.ipynb #3c68deea
 def _builder(args: argparse.Namespace, out: Path) -> Any:  # `PairBuilder`
     from focusdiff import pair_builder as parts
-    from focusdiff.judge import Question, load_judge
+    from focusdiff.judge import load_judge
+    from focusdiff.question import Question
     from focusdiff.scenes import SIDE
+    from focusdiff.server import ask_server
     thresholds = {name: getattr(args, name) for name in ("follow", "preserve", "quality", "own", "cross", "retries")}
     config = parts.BuilderConfig(**thresholds, size=args.size or (384 if args.filter_judge else SIDE))
     own = load_judge(args.judge, cache=out / "judged")
@@ -333,7 +335,7 @@ def _builder(args: argparse.Namespace, out: Path) -> Any:  # `PairBuilder`
         raise ConfigError(f"--filter-judge {args.filter_judge}: expected a server address and a model, as http://localhost:8000/v1#model")
     questions = (parts.FOLLOW_QUESTION, parts.PRESERVE_QUESTION, parts.QUALITY_QUESTION)
     checks = [parts.judge_check(load_judge(args.filter_judge, Question(q), out / "judged")) for q in questions]
-    return parts.PairBuilder(own, parts.VLMCaptioner(parts.ask_server(url, model), args.filter_judge), *checks, config=config)
+    return parts.PairBuilder(own, parts.VLMCaptioner(ask_server(url, model), args.filter_judge), *checks, config=config)
 
 def _build_pairs(args: argparse.Namespace) -> None:
     from focusdiff.pair_builder import build_pairs as build, funnel_counts, read_edits

@@ -2,30 +2,27 @@
 
 # %% auto #0
 __all__ = ['Span', 'Images', 'Check', 'FOLLOW_QUESTION', 'PRESERVE_QUESTION', 'QUALITY_QUESTION', 'CAPTION_FAULTS',
-           'CAPTION_REQUEST', 'EDIT_CHECKS', 'CAPTION_CHECKS', 'VERDICTS', 'EDIT_CATEGORY', 'EditPair', 'read_edits',
-           'caption_words', 'differing_spans', 'structure_score', 'read_noun', 'read_instruction', 'scene_table',
-           'changed_places', 'explain_edit', 'SceneChecks', 'side_by_side', 'judge_check', 'align_things',
-           'parallel_facts', 'say_both', 'SceneCaptioner', 'read_captions', 'VLMCaptioner', 'ask_server',
-           'BuilderConfig', 'passes', 'verdict', 'PairBuilder', 'open_log', 'build_rows', 'build_pairs', 'PlantedEdit',
-           'plant_edit', 'fact_key', 'filter_table', 'funnel_counts', 'same_form', 'add_truth']
+           'CAPTION_REQUEST', 'EDIT_CHECKS', 'CAPTION_CHECKS', 'VERDICTS', 'EditPair', 'read_edits', 'caption_words',
+           'differing_spans', 'structure_score', 'SceneChecks', 'side_by_side', 'judge_check', 'SceneCaptioner',
+           'read_captions', 'VLMCaptioner', 'BuilderConfig', 'passes', 'verdict', 'PairBuilder', 'open_log',
+           'build_rows', 'build_pairs', 'fact_key', 'filter_table', 'funnel_counts', 'same_form', 'add_truth']
 
 # %% ../nbs/13_pair_builder.ipynb #de0a5a16
 import difflib, hashlib, json, re
-from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Sequence
 
 # %% ../nbs/13_pair_builder.ipynb #e43cd94a
 import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
-# %% ../nbs/13_pair_builder.ipynb #11b86ee4
+# %% ../nbs/13_pair_builder.ipynb #8797a6dc
 from .core import ConfigError, DataError, derive_seed, progress, write_atomic
+from .edits import EDIT_CATEGORY, PlantedEdit, explain_edit, parallel_facts, say_both
 from .pairs import PromptPair, load_images, read_image_field, read_records, read_text_field
-from .scenes import (COLORS, FAULTS, FILLS, NUMBERS, RELATIONS, SHAPES, SIZES, TOLERANCE, Fact, Facts, Noun, Scene, Thing,
-                              apply_edit, caption_facts, faulty_edit, oracle_scores, propose_edit, read_images, reading_to_scene, sample_scene, write_caption)
+from .scenes import SHAPES, TOLERANCE, Fact, Facts, Scene, caption_facts, oracle_scores, read_images, reading_to_scene
 
 # %% ../nbs/13_pair_builder.ipynb #c0abc23b
 @dataclass(frozen=True)
@@ -84,76 +81,6 @@ def structure_score(
     even = all(a and b and abs(a - b) <= max_uneven for a, b in lengths)
     return float(0 < len(spans) <= max_spans and even and sum(max(ab) for ab in lengths) <= max_words)
 
-# %% ../nbs/13_pair_builder.ipynb #c3411e2d
-def read_noun(
-    words: str,  # such as "small hollow red circle"
-) -> Noun:
-    "The description that a few words give; words that mean nothing here are skipped."
-    found = {name: word for name, known in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) for word in words.split() if word in known}
-    return Noun(**{"shape": "", **found})
-
-_INSTRUCTIONS = {kind: re.compile(pattern) for kind, pattern in dict(
-    background=r"make the background (?P<value>\w+)", text=r"change the text to '(?P<value>\w+)'", recount=r"add (?P<n>one|two) more of the (?P<noun>[\w ]+)",
-    remove=r"remove the (?P<noun>[\w ]+)", move=r"move the (?P<noun>[\w ]+) to the (?P<value>left|right) of the (?P<other>[\w ]+)",
-    add=r"add an? (?P<noun>[\w ]+)", change=r"make the (?P<noun>[\w ]+?) (?:an? )?(?P<value>\w+)").items()}
-
-def read_instruction(
-    instruction: str,          # in words
-) -> tuple[str, dict] | None:  # kind and its parts; None: not understood
-    "Understand an instruction of the scene world from its words alone."
-    for kind, pattern in _INSTRUCTIONS.items():
-        if m := pattern.fullmatch(instruction.strip()): return kind, m.groupdict()
-    return None
-
-# %% ../nbs/13_pair_builder.ipynb #f72dec13
-def scene_table(
-    scene: Scene,
-) -> dict:  # (row, col) -> kind of the thing; "glyph", "tone", "style" -> word
-    "What stands where in a scene."
-    return {**{(t.row, t.col): (t.shape, t.color, t.size, t.fill) for t in scene.things}, "glyph": scene.glyph, "tone": scene.tone, "style": scene.style}
-
-def changed_places(
-    before: Scene,
-    after: Scene,
-) -> set:  # keys of `scene_table`
-    "Where two scenes differ."
-    a, b = scene_table(before), scene_table(after)
-    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
-
-# %% ../nbs/13_pair_builder.ipynb #135f8d36
-def _thing_at(scene: Scene, place) -> Thing | None: return next((t for t in scene.things if (t.row, t.col) == place), None)
-
-def _explanations(kind: str, parts: dict, before: Scene, after: Scene) -> Iterable[set]:  # sets of changed places that do what was asked
-    noun, cells = read_noun(parts.get("noun", "")), sorted(p for p in changed_places(before, after) if isinstance(p, tuple))
-    old, new = ({c: _thing_at(s, c) for c in cells} for s in (before, after))
-    gone = [c for c in cells if old[c] and noun.matches(old[c])]
-    came = [c for c in cells if new[c] and not old[c] and noun.matches(new[c])]
-    if kind == "background": yield from ({k} for k in ("tone", "style") if getattr(after, k) == parts["value"] != getattr(before, k))
-    if kind == "text" and after.glyph == parts["value"] != before.glyph: yield {"glyph"}
-    if kind == "remove": yield from ({c} for c in gone if not new[c])
-    if kind == "add": yield from ({c} for c in came)
-    if kind == "recount" and len(came) >= (n := NUMBERS.index(parts["n"]) + 1): yield set(came[:n])
-    if kind == "change": yield from ({c} for c in gone if new[c] and parts["value"] in vars(new[c]).values() and parts["value"] not in vars(old[c]).values())
-    if kind == "move":
-        sign, others = (1 if parts["value"] == "left" else -1), [t for t in after.things if read_noun(parts["other"]).matches(t)]
-        yield from ({c, d} for c in gone for d in came if not new[c] and any(sign * (t.col - d[1]) > 0 for t in others if (t.row, t.col) != d))
-
-def explain_edit(
-    instruction: str,         # in words
-    before: Scene,            # as read from pixels
-    after: Scene,
-) -> tuple[bool, int] | None: # was it followed, how many unwanted changes; None: the instruction was not understood
-    "Compare what an edit changed with what its instruction asks for."
-    understood = read_instruction(instruction)
-    if not understood: return None
-    kind, parts = understood
-    wanted = next(iter(_explanations(kind, parts, before, after)), set())
-    unwanted = len(changed_places(before, after) - wanted)
-    if kind == "change" and wanted:                    # the thing itself must keep its other attributes
-        (cell,) = wanted
-        unwanted += sum(a != b for a, b in zip(scene_table(before)[cell], scene_table(after)[cell])) - 1
-    return bool(wanted), unwanted
-
 # %% ../nbs/13_pair_builder.ipynb #cbba4760
 Images = UInt8[np.ndarray, "edit 2 height width channel=3"]
 Check = Callable[[np.ndarray, list[str]], list[float | None]]  # images, instructions -> scores in [0, 1]; None: failed to judge
@@ -207,75 +134,6 @@ def judge_check(
     def check(images, instructions): return judge.score(side_by_side(images), instructions)
     check.id = f"side-by-side {judge.id}"
     return check
-
-# %% ../nbs/13_pair_builder.ipynb #da95f545
-def align_things(
-    one: Scene,
-    two: Scene,
-    rng: np.random.Generator,  # the order in which things are named
-) -> list[tuple[Thing | None, Thing | None]]:
-    "Match the things of two scenes: by place, then by kind (a thing that moved). Last come those that leave a group of equals or join one, and those without a partner."
-    at = {(t.row, t.col): t for t in two.things}
-    matched = [(t, at.pop((t.row, t.col))) for t in one.things if (t.row, t.col) in at]
-    alone = [t for t in one.things if t not in [a for a, _ in matched]]
-    for t in list(alone):
-        moved = next((u for u in at.values() if replace(u, row=t.row, col=t.col) == t), None)
-        if moved: matched.append((t, at.pop((moved.row, moved.col)))); alone.remove(t)
-    kind = lambda t: (t.shape, t.color, t.size, t.fill)
-    n_one, n_two = (Counter(map(kind, s.things)) for s in (one, two))
-    regroups = lambda row: kind(row[0]) != kind(row[1]) and (n_one[kind(row[0])] > 1 or n_two[kind(row[1])] > 1)
-    order = sorted((matched[i] for i in rng.permutation(len(matched))), key=regroups)
-    return order + [(t, None) for t in alone] + [(None, t) for t in at.values()]
-
-# %% ../nbs/13_pair_builder.ipynb #2a698f5a
-_LOOKS = dict(color=0.93, size=0.35, fill=0.45)      # how often an attribute is mentioned; as in `scenes.describe`
-
-def _relations(nouns: list[list[Noun]], scenes: tuple[Scene, Scene], rng: np.random.Generator) -> tuple[str, str] | None:  # the word for each side
-    if not all(len(s.things) == 2 == len(n) for s, n in zip(scenes, nouns)): return None
-    true = [[r for r in RELATIONS if Fact("relation", n[0], r, n[1]).holds(s)] for n, s in zip(nouns, scenes)]
-    opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above")))
-    turned = [(r, opposite[r]) for r in true[0] if opposite[r] in true[1]]
-    shared = [(r, r) for r in true[0] if r in true[1]] if rng.random() < 0.4 else []
-    options = turned or shared
-    return options[int(rng.integers(len(options)))] if options else None
-
-def _background(scenes: tuple[Scene, Scene], rng: np.random.Generator) -> list[str]:  # which of tone and style to mention
-    often = dict(tone=0.5, style=0.5 if scenes[0].style != "plain" else 0.15)
-    return [k for k, p in often.items() if rng.random() < p or getattr(scenes[0], k) != getattr(scenes[1], k)]
-
-# %% ../nbs/13_pair_builder.ipynb #9ddf8203
-def parallel_facts(
-    one: Scene,
-    two: Scene,
-    rng: np.random.Generator,  # what is mentioned, and in which order
-    vague: bool = False,       # leave the difference out, as a bad captioner does
-) -> tuple[Facts, Facts]:      # the same kinds of facts in the same order
-    "What to say about two scenes, in parallel."
-    scenes, rows = (one, two), align_things(one, two, rng)
-    differs = {a for t, u in rows if t and u for a in _LOOKS if getattr(t, a) != getattr(u, a)}
-    mention = [a for a, p in _LOOKS.items() if (rng.random() < p or a in differs) and not (vague and a in differs)]
-    noun = lambda t: Noun(t.shape, **{a: getattr(t, a) for a in mention})
-    named = [[noun(row[side]) for row in rows if row[side]] for side in (0, 1)]
-    distinct = [list(dict.fromkeys(n)) for n in named]
-    relation, ground = _relations(distinct, scenes, rng), _background(scenes, rng)
-    sides = []
-    for side, scene in enumerate(scenes):
-        facts = [Fact("count", n, named[side].count(n)) for n in distinct[side]]
-        if relation: facts.append(Fact("relation", distinct[side][0], relation[side], distinct[side][1]))
-        facts.append(Fact("total", value=len(scene.things)))
-        lacking = [n for n in distinct[1 - side] if not any(n.matches(t) for t in scene.things)] if len(distinct[side]) < len(distinct[1 - side]) else []
-        facts += [Fact("absent", n) for n in lacking[:1]] + [Fact("text", value=scene.glyph)]
-        sides.append(tuple(facts + [Fact(k, value=getattr(scene, k)) for k in ground]))
-    return sides[0], sides[1]
-
-# %% ../nbs/13_pair_builder.ipynb #a07695c9
-def say_both(
-    sides: tuple[Facts, Facts],
-    words: int,             # seed of the turns of phrase
-    other: int | None = None,  # seed for the second caption; None: the same, so that the form is the same
-) -> tuple[str, str]:
-    "Put parallel facts into words."
-    return tuple(write_caption(f, np.random.default_rng(s)) for f, s in zip(sides, (words, words if other is None else other)))
 
 # %% ../nbs/13_pair_builder.ipynb #a7194816
 CAPTION_FAULTS = ("form", "false", "vague")
@@ -342,25 +200,6 @@ class VLMCaptioner:
     def __call__(self, images: Images, edits: Sequence[EditPair], attempt: int) -> list[tuple[str, str] | None]:
         "One caption pair per edit; None where the reply had another form."
         return [read_captions(self.ask(picture, CAPTION_REQUEST.replace("{instruction}", e.instruction))) for picture, e in zip(side_by_side(images), edits, strict=True)]
-
-# %% ../nbs/13_pair_builder.ipynb #f9639baa
-def ask_server(
-    url: str,                  # base address, ends in /v1
-    model: str,                # name under which the server offers it
-    temperature: float = 0.7,  # above 0, so that a second attempt differs
-) -> Callable[[np.ndarray, str], str]:
-    "A function that asks a model behind an OpenAI-compatible server about a picture."
-    import base64, io, os
-    from openai import OpenAI
-    from PIL import Image
-    client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5, timeout=120)
-    def ask(picture, question):
-        png = io.BytesIO()
-        Image.fromarray(picture).save(png, "PNG")
-        shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}}
-        reply = client.chat.completions.create(model=model, temperature=temperature, max_tokens=200, messages=[{"role": "user", "content": [shown, {"type": "text", "text": question}]}])
-        return reply.choices[0].message.content or ""
-    return ask
 
 # %% ../nbs/13_pair_builder.ipynb #fb946ebd
 @dataclass(frozen=True)
@@ -530,46 +369,6 @@ def _frame(rows: list[dict], first: tuple[str, ...]) -> pd.DataFrame:  # fixed c
     frame = pd.DataFrame(rows).reindex(columns=[*first, *_CAPTION_COLUMNS])
     kinds = {c: "boolean" if c in _OK else "Int64" if c == "attempt" else "string" if c in ("id", "instruction", "prompt1", "prompt2", "verdict") else "Float64" for c in frame}
     return frame.astype(kinds)
-
-# %% ../nbs/13_pair_builder.ipynb #b4f9ec22
-EDIT_CATEGORY = dict(recolor="color", reshape="appearance", resize="appearance", refill="appearance", add="appearance", remove="appearance", move="position",
-                     recount="counting", retone="style", restyle="style", rewrite="text")
-
-@dataclass(frozen=True)
-class PlantedEdit:
-    "A scene edit, and what is wrong with it."
-    kind: str                                # of `scenes.EDIT_KINDS`
-    instruction: str
-    before: Scene
-    after: Scene                             # as delivered
-    fault: str                               # of `scenes.FAULTS`, or ""
-    bad_follow: bool                         # a1 should reject it
-    bad_preserve: bool                       # a2 should reject it
-
-    @property
-    def bad_quality(self) -> bool: return self.fault == "corrupted"   # a3 should reject it: its second picture is to be spoiled
-
-def _flat(scene: Scene) -> dict:  # every attribute of every place on its own
-    return {(k, i): v for k, value in scene_table(scene).items() for i, v in enumerate(value if isinstance(value, tuple) else (value,))}
-
-# %% ../nbs/13_pair_builder.ipynb #fd7be6fc
-def plant_edit(
-    rng: np.random.Generator,
-    fault_rate: float = 0.0,   # share of edits that are carried out badly, all faults equally often
-) -> PlantedEdit:              # shows no combination that is held out of training
-    "A random scene edit, sometimes faulty."
-    kind = str(rng.choice(list(EDIT_CATEGORY)))
-    while True:
-        scene = sample_scene(rng, 2 if kind == "move" else None, glyph=True if kind == "rewrite" else None)
-        try: edit = propose_edit(scene, rng, kind)
-        except DataError: continue           # a scene that this kind of edit does not fit
-        break
-    asked, fault = apply_edit(scene, edit), str(rng.choice(FAULTS)) if rng.random() < fault_rate else ""
-    after = faulty_edit(scene, edit, rng, fault) if fault else asked
-    a, b, c = _flat(scene), _flat(asked), _flat(after)
-    wanted = {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
-    others = (a.keys() | b.keys() | c.keys()) - wanted
-    return PlantedEdit(kind, edit.instruction, scene, after, fault, any(c.get(k) != b.get(k) for k in wanted), any(c.get(k) != a.get(k) for k in others))
 
 # %% ../nbs/13_pair_builder.ipynb #c6aa4330
 def fact_key(

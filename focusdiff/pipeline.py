@@ -5,7 +5,7 @@ __all__ = ['notebook_cells', 'read_parameters', 'check_parameters', 'modules_of'
            'clean_executed', 'run_notebook', 'printed', 'planned_jobs', 'reproduce', 'publish', 'main']
 
 # %% ../nbs/54_pipeline.ipynb #fb00ead1
-import argparse, ast, contextlib, difflib, fcntl, hashlib, json, os, re, shutil, subprocess, sys, threading, time
+import argparse, ast, contextlib, difflib, fcntl, hashlib, json, os, re, subprocess, sys, threading, time
 from pathlib import Path
 from typing import Any, Iterator
 

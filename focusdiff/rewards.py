@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .core import DataError
-from .judge import Failed, Images, Judge, settle
+from .question import Failed, Images, Judge, settle
 
 # %% ../nbs/12_rewards.ipynb #7e3fdea0
 @dataclass

@@ -3,22 +3,20 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'SIZES', 'FILLS', 'TONES', 'STYLES', 'LETTERS', 'NUMBERS', 'GRID', 'CELL', 'SIDE', 'MAX_THINGS',
            'RGB', 'GROUND', 'INK', 'HELD_OUT', 'THING_KINDS', 'N_THINGS', 'N_LETTERS', 'N_STYLES', 'N_PATCHES',
-           'PATCHES', 'TOLERANCE', 'RELATIONS', 'Facts', 'EDIT_KINDS', 'FAULTS', 'PAIR_KINDS', 'Thing', 'Scene',
-           'check_scene', 'thing_alpha', 'letter_alpha', 'ground_patch', 'scene_cells', 'draw_cells', 'render',
-           'sample_scene', 'Readings', 'read_images', 'reading_to_scene', 'Noun', 'Fact', 'fact_share', 'holds',
-           'write_caption', 'caption_facts', 'describe', 'caption_scene', 'scene_from_facts', 'oracle_scores', 'Edit',
-           'propose_edit', 'apply_edit', 'faulty_edit', 'corrupt_image', 'vary_facts', 'sample_fact_pair',
-           'sample_prompt_pair']
+           'PATCHES', 'TOLERANCE', 'RELATIONS', 'Facts', 'Thing', 'Scene', 'check_scene', 'thing_alpha', 'letter_alpha',
+           'ground_patch', 'scene_cells', 'draw_cells', 'render', 'choose', 'random_kind', 'sample_scene', 'Readings',
+           'read_images', 'reading_to_scene', 'Noun', 'Fact', 'fact_share', 'holds', 'write_caption', 'caption_facts',
+           'describe', 'caption_scene', 'scene_from_facts', 'oracle_scores']
 
 # %% ../nbs/01_scenes.ipynb #50d73823
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import Sequence
 
 import numpy as np
-from .core import ConfigError, DataError
+from .core import DataError
 
 # %% ../nbs/01_scenes.ipynb #c4cdc09f
 SHAPES = ("circle", "square", "triangle", "diamond")
@@ -158,12 +156,21 @@ def render(
     if not len(scenes): return np.zeros((0, SIDE, SIDE, 3), np.uint8)
     return draw_cells(np.array([TONES.index(s.tone) for s in scenes]), np.stack([scene_cells(s) for s in scenes]))
 
-# %% ../nbs/01_scenes.ipynb #b674e7cd
-def _choose(rng: np.random.Generator, words: Sequence) -> object: return words[int(rng.integers(len(words)))]
+# %% ../nbs/01_scenes.ipynb #c93afc25
+def choose(
+    rng: np.random.Generator,
+    words: Sequence,  # not empty
+) -> object:          # one of them
+    "One element, each equally likely."
+    return words[int(rng.integers(len(words)))]
 
-def _random_kind(rng: np.random.Generator, held_out: bool) -> tuple:  # (shape, color, size, fill)
+def random_kind(
+    rng: np.random.Generator,
+    held_out: bool,  # whether the combinations of `HELD_OUT` may appear
+) -> tuple:          # (shape, color, size, fill)
+    "The looks of one thing."
     while True:
-        kind = tuple(_choose(rng, words) for words in (SHAPES, COLORS, SIZES, FILLS))
+        kind = tuple(choose(rng, words) for words in (SHAPES, COLORS, SIZES, FILLS))
         if held_out or (kind[1], kind[0]) not in HELD_OUT: return kind
 
 def sample_scene(
@@ -174,14 +181,14 @@ def sample_scene(
 ) -> Scene:                    # a drawable scene
     "A random scene: kinds independent, cells without collision, repeated kinds in one scene of four so that counting matters."
     n = n_things or int(rng.choice([1, 2, 3, 4, 5], p=[0.28, 0.36, 0.2, 0.1, 0.06]))
-    kinds = [_random_kind(rng, held_out) for _ in range(n)]
+    kinds = [random_kind(rng, held_out) for _ in range(n)]
     if n > 1 and rng.random() < 0.3: kinds[: int(rng.integers(2, n + 1))] = [kinds[0]] * n
     kinds = kinds[:n]
     text = "".join(rng.choice(list(LETTERS), int(rng.integers(1, 4)), replace=False)) if (rng.random() < 0.2 if glyph is None else glyph) else ""
     rows = GRID - 1 if text else GRID
     cells = rng.choice(rows * GRID, n, replace=False)
     things = tuple(sorted((Thing(*k, int(c) // GRID, int(c) % GRID) for k, c in zip(kinds, cells)), key=lambda t: (t.row, t.col)))
-    return Scene(things, text, _choose(rng, TONES), STYLES[int(rng.choice(3, p=[0.6, 0.2, 0.2]))])
+    return Scene(things, text, choose(rng, TONES), STYLES[int(rng.choice(3, p=[0.6, 0.2, 0.2]))])
 
 # %% ../nbs/01_scenes.ipynb #d9a4b215
 TOLERANCE = 30.0   # root-mean-square error of a cell, in grey levels of 255, above which it is unreadable
@@ -365,7 +372,7 @@ def caption_facts(
     facts.append(Fact("text", value=text))
     return tuple(facts + [Fact(k, value=m[k].lower()) for k in ("tone", "style") if m[k]])
 
-# %% ../nbs/01_scenes.ipynb #6810cea8
+# %% ../nbs/01_scenes.ipynb #8e90977a
 def describe(
     scene: Scene,              # a drawable scene
     rng: np.random.Generator,  # picks what is mentioned
@@ -380,11 +387,11 @@ def describe(
     if len(scene.things) == 2 == len(order) and rng.random() < 0.6:
         a, b = (next(t for t in scene.things if noun(t) == n) for n in order)
         true = [r for r in RELATIONS if _BESIDE[r](a, b)]
-        facts.append(Fact("relation", order[0], _choose(rng, true), order[1]))
+        facts.append(Fact("relation", order[0], choose(rng, true), order[1]))
     facts.append(Fact("total", value=len(scene.things)))
     if rng.random() < absent:
         missing = [n for n in (Noun(s, c) for s in SHAPES for c in ("",) + COLORS) if not any(n.matches(t) for t in scene.things)]
-        facts.append(Fact("absent", _choose(rng, missing)))
+        facts.append(Fact("absent", choose(rng, missing)))
     facts.append(Fact("text", value=scene.glyph))
     return tuple(facts + [Fact(k, value=getattr(scene, k)) for k, p in (("tone", 0.5), ("style", 0.5 if scene.style != "plain" else 0.15)) if rng.random() < p])
 
@@ -395,7 +402,7 @@ def caption_scene(
     "A random true caption."
     return write_caption(describe(scene, rng), rng)
 
-# %% ../nbs/01_scenes.ipynb #d1f57f8e
+# %% ../nbs/01_scenes.ipynb #3661ff29
 def scene_from_facts(
     facts: Facts,              # of one caption
     rng: np.random.Generator,  # fills what is open
@@ -406,9 +413,9 @@ def scene_from_facts(
     glyph, nouns = value.get("text", ""), [f.noun for f in facts if f.kind == "count" for _ in range(f.value)]
     cells = (GRID - 1 if glyph else GRID) * GRID
     for _ in range(tries):
-        kinds = [(n.shape, n.color or _choose(rng, COLORS), n.size or _choose(rng, SIZES), n.fill or _choose(rng, FILLS)) for n in nouns]
+        kinds = [(n.shape, n.color or choose(rng, COLORS), n.size or choose(rng, SIZES), n.fill or choose(rng, FILLS)) for n in nouns]
         things = tuple(sorted((Thing(*k, int(c) // GRID, int(c) % GRID) for k, c in zip(kinds, rng.choice(cells, len(kinds), replace=False))), key=lambda t: (t.row, t.col)))
-        scene = Scene(things, glyph, value.get("tone") or _choose(rng, TONES), value.get("style") or _choose(rng, STYLES))
+        scene = Scene(things, glyph, value.get("tone") or choose(rng, TONES), value.get("style") or choose(rng, STYLES))
         if holds(facts, scene): return check_scene(scene)
     raise DataError(f"no scene found in {tries} tries for {write_caption(facts, np.random.default_rng(0))!r}: the facts may contradict each other")
 
@@ -422,181 +429,3 @@ def oracle_scores(
     if len(images) != len(captions): raise DataError(f"{len(images)} images but {len(captions)} captions: one caption per image")
     seen, judge = read_images(images), fact_share if soft else holds
     return np.array([float(judge(caption_facts(c), reading_to_scene(seen, i))) for i, c in enumerate(captions)])
-
-# %% ../nbs/01_scenes.ipynb #49a7ea70
-EDIT_KINDS = ("recolor", "reshape", "resize", "refill", "add", "remove", "move", "recount", "retone", "restyle", "rewrite")
-
-@dataclass(frozen=True)
-class Edit:
-    "One instruction, in words and as data."
-    kind: str                    # of `EDIT_KINDS`
-    instruction: str             # in words
-    target: Thing | None = None  # the thing it is about, as it stands before the edit
-    value: str | Thing | tuple[Thing, ...] = ""  # the new word, the new thing, or the things added by a recount
-
-_ATTRIBUTE = {"recolor": ("color", COLORS), "reshape": ("shape", SHAPES), "resize": ("size", SIZES), "refill": ("fill", FILLS)}
-_BACKGROUND = {"retone": ("tone", TONES), "restyle": ("style", STYLES)}
-
-def _free_cells(scene: Scene) -> list[tuple[int, int]]:
-    taken = {(t.row, t.col) for t in scene.things}
-    return [(r, c) for r in range(GRID - 1) for c in range(GRID) if (r, c) not in taken]
-
-def _other(rng: np.random.Generator, words: Sequence[str], old: str) -> str: return _choose(rng, [w for w in words if w != old])
-
-# %% ../nbs/01_scenes.ipynb #7aea9d20
-def _propose_thing_edit(kind: str, scene: Scene, rng: np.random.Generator) -> Edit | None:
-    t = _choose(rng, scene.things)
-    name = Noun(t.shape, t.color, t.size, t.fill).words()
-    if kind in _ATTRIBUTE:
-        field, words = _ATTRIBUTE[kind]
-        new = _other(rng, words, getattr(t, field))
-        return Edit(kind, f"make the {name} {'a ' if kind == 'reshape' else ''}{new}", t, new)
-    if kind == "remove": return Edit(kind, f"remove the {name}", t) if len(scene.things) > 1 else None
-    if kind == "move":
-        a, b = t, _choose(rng, scene.things)
-        cells = [(r, c) for r, c in _free_cells(scene) if a != b and (c < b.col) != (a.col < b.col) and c != b.col and a.col != b.col]
-        if not cells: return None
-        row, col = _choose(rng, cells)
-        return Edit(kind, f"move the {name} to the {'left' if col < b.col else 'right'} of the {Noun(b.shape, b.color, b.size, b.fill).words()}", a, replace(a, row=row, col=col))
-    free = _free_cells(scene)
-    if kind == "recount":
-        more = int(rng.integers(1, 3))
-        if len(scene.things) + more > MAX_THINGS or len(free) < more: return None
-        cells = [free[int(i)] for i in rng.choice(len(free), more, replace=False)]
-        return Edit(kind, f"add {NUMBERS[more - 1]} more of the {name}", t, tuple(replace(t, row=r, col=c) for r, c in cells))
-    if len(scene.things) >= MAX_THINGS: return None
-    new = Thing(*_random_kind(rng, False), *_choose(rng, free))
-    return Edit(kind, f"add a {Noun(new.shape, new.color, new.size, new.fill).words()}", None, new)
-
-def propose_edit(
-    scene: Scene,              # the scene before
-    rng: np.random.Generator,  # picks the edit
-    kind: str | None = None,   # of `EDIT_KINDS`; None draws one
-) -> Edit:                     # one that can be applied to `scene`
-    "A random instruction for a scene."
-    for _ in range(100):
-        k = kind or _choose(rng, EDIT_KINDS)
-        if k in _BACKGROUND:
-            new = _other(rng, _BACKGROUND[k][1], getattr(scene, _BACKGROUND[k][0]))
-            edit = Edit(k, f"make the background {new}", None, new)
-        elif k == "rewrite":
-            new = "".join(rng.choice(list(LETTERS), max(1, len(scene.glyph)), replace=False))
-            edit = Edit(k, f"change the text to '{new}'", None, new) if new != scene.glyph and not any(t.row == GRID - 1 for t in scene.things) else None
-        else: edit = _propose_thing_edit(k, scene, rng)
-        if edit and not any((t.color, t.shape) in HELD_OUT for t in apply_edit(scene, edit).things): return edit
-    raise DataError(f"no {kind or ''} edit fits this scene: {scene}")
-
-# %% ../nbs/01_scenes.ipynb #0ecc8e57
-def apply_edit(
-    scene: Scene,  # before
-    edit: Edit,    # from `propose_edit`
-) -> Scene:        # after
-    "Do what the instruction says, and nothing else."
-    if edit.kind in _BACKGROUND: return check_scene(replace(scene, **{_BACKGROUND[edit.kind][0]: edit.value}))
-    if edit.kind == "rewrite": return check_scene(replace(scene, glyph=edit.value))
-    keep = [t for t in scene.things if t != edit.target or edit.kind == "recount"]
-    new = {"remove": (), "recount": edit.value, "add": (edit.value,), "move": (edit.value,)}.get(edit.kind)
-    if new is None: new = (replace(edit.target, **{_ATTRIBUTE[edit.kind][0]: edit.value}),)
-    return check_scene(replace(scene, things=tuple(sorted([*keep, *new], key=lambda t: (t.row, t.col)))))
-
-# %% ../nbs/01_scenes.ipynb #27253893
-FAULTS = ("ignored", "wrong", "overreach", "corrupted")
-
-def faulty_edit(
-    scene: Scene,              # before
-    edit: Edit,                # the instruction
-    rng: np.random.Generator,  # picks how it goes wrong
-    fault: str,                # of `FAULTS`
-) -> Scene:                    # what a bad editor delivers; for "corrupted" spoil its picture with `corrupt_image`
-    "Carry out an instruction badly."
-    if fault not in FAULTS: raise ConfigError(f"unknown fault {fault!r}: choose one of {', '.join(FAULTS)}")
-    good = apply_edit(scene, edit)
-    if fault == "ignored": return scene
-    if fault == "corrupted": return good
-    for _ in range(100):
-        start = scene if fault == "wrong" else good
-        bad = apply_edit(start, propose_edit(start, rng))
-        if bad not in (scene, good): return bad
-    raise DataError(f"no {fault} version of {edit.instruction!r} found")
-
-def corrupt_image(
-    image: np.ndarray,         # uint8 [height, width, 3]
-    rng: np.random.Generator,  # the noise
-    strength: float = 90.0,    # standard deviation in grey levels
-) -> np.ndarray:               # uint8, same shape
-    "Spoil a picture with heavy noise."
-    return np.clip(image + rng.normal(0, strength, image.shape), 0, 255).astype(np.uint8)
-
-# %% ../nbs/01_scenes.ipynb #a4284925
-PAIR_KINDS = ("appearance", "color", "counting", "position", "style", "text")
-
-def _swap_noun(facts: Facts, old: Noun, new: Noun) -> Facts:
-    swap = lambda n: new if n == old else n
-    return tuple(replace(f, noun=swap(f.noun), other=swap(f.other)) for f in facts)
-
-def vary_facts(
-    facts: Facts,              # of one caption
-    kind: str,                 # of `PAIR_KINDS`
-    rng: np.random.Generator,  # picks the change
-) -> tuple[Facts, Facts] | None:  # the facts and their variation; None when they offer no such change
-    "Change one thing that a caption says."
-    counts = [f for f in facts if f.kind == "count"]
-    of = lambda k: [f for f in facts if f.kind == k]
-    one = _choose(rng, counts)
-    if kind == "position":
-        if not of("relation"): return None
-        f = of("relation")[0]
-        flip = dict(zip(RELATIONS, ("right of", "left of", "below", "above")))
-        return facts, tuple(replace(g, value=flip[f.value]) if g is f else g for g in facts)
-    if kind == "counting":
-        if len(counts) > 2 or of("relation"): return None
-        rest = sum(f.value for f in counts) - one.value
-        new = int(_choose(rng, [n for n in range(1, MAX_THINGS + 1 - rest) if abs(n - one.value) == 1] or [0]))
-        total = {"count": new, "total": rest + new}
-        return (facts, tuple(replace(f, value=total[f.kind]) if f is one or f.kind == "total" else f for f in facts)) if new else None
-    if kind in ("style", "text"):
-        f = _choose(rng, (of("tone") + of("style")) or [None]) if kind == "style" else of("text")[0]
-        if not f or not f.value: return None
-        words = dict(tone=TONES, style=STYLES).get(f.kind)
-        new = _other(rng, words, f.value) if words else "".join(rng.choice(list(LETTERS), len(f.value), replace=False))
-        return (facts, tuple(replace(g, value=new) if g is f else g for g in facts)) if new != f.value else None
-    field, words = ("color", COLORS) if kind == "color" else _choose(rng, [("fill", FILLS), ("size", SIZES), ("shape", SHAPES)])
-    if not getattr(one.noun, field): return None
-    new = replace(one.noun, **{field: _other(rng, words, getattr(one.noun, field))})
-    return (facts, _swap_noun(facts, one.noun, new)) if new not in [f.noun for f in counts] else None
-
-# %% ../nbs/01_scenes.ipynb #44939f07
-def _vary_presence(facts: Facts) -> tuple[Facts, Facts] | None:  # "a circle and a square" against "a circle without any squares"
-    counts = [f for f in facts if f.kind == "count"]
-    if len(counts) != 2 or counts[1].value != 1 or counts[0].noun.shape == counts[1].noun.shape or any(f.kind in ("absent", "relation") for f in facts): return None
-    gone = Fact("absent", Noun(counts[1].noun.shape, counts[1].noun.color))
-    without = [replace(f, value=counts[0].value) if f.kind == "total" else f for f in facts if f is not counts[1]]
-    i = next(i for i, f in enumerate(without) if f.kind == "total") + 1
-    return facts, tuple(without[:i] + [gone] + without[i:])
-
-def sample_fact_pair(
-    rng: np.random.Generator,  # the only randomness
-    kind: str | None = None,   # of `PAIR_KINDS`; None draws one
-    held_out: bool = False,    # whether the combinations of `HELD_OUT` may appear
-) -> tuple[Facts, Facts]:      # two descriptions that exclude each other
-    "Facts of a pair that differs in one thing; an appearance pair is about presence in one case of six."
-    kind = kind or _choose(rng, PAIR_KINDS)
-    if kind not in PAIR_KINDS: raise ConfigError(f"unknown pair kind {kind!r}: choose one of {', '.join(PAIR_KINDS)}")
-    presence = kind == "appearance" and rng.random() < 1 / 6
-    while True:
-        n = 2 if kind == "position" or presence else int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2]))
-        scene = sample_scene(rng, n, held_out, glyph=True if kind == "text" else bool(rng.random() < 0.1))
-        facts = describe(scene, rng, absent=0.0)
-        pair = _vary_presence(facts) if presence else vary_facts(facts, kind, rng)
-        if not pair: continue
-        nouns = [n for side in pair for f in side for n in (f.noun, f.other) if n and f.kind == "count"]
-        if held_out or not any((n.color, n.shape) in HELD_OUT for n in nouns): return pair if rng.random() < 0.5 or presence else pair[::-1]
-
-def sample_prompt_pair(
-    rng: np.random.Generator,  # the only randomness
-    kind: str | None = None,   # of `PAIR_KINDS`; None draws one
-    held_out: bool = False,    # whether the combinations of `HELD_OUT` may appear
-) -> tuple[str, str]:          # two captions of parallel form
-    "A prompt pair."
-    seed = int(rng.integers(2**31))
-    return tuple(write_caption(side, np.random.default_rng(seed)) for side in sample_fact_pair(rng, kind, held_out))

@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'MAIN', 'JUDGE_ROLES', 'BLOCKS', 'NOT_RUN', 'NOT_PUBLISHED
 
 # %% ../nbs/51_tables.ipynb #e1ec32bc
 import dataclasses
-from pathlib import Path
 from typing import Sequence
 
 import numpy as np

@@ -179,7 +179,7 @@ def verify(
     if entry is None: raise ConfigError(f"no checkpoint {name!r} in the zoo: there are {', '.join(sorted(read_manifest(shelf))) or 'none yet (make zoo trains them)'}")
     got, want = file_sums(shelf / name), entry["sha256"]
     wrong = sorted(f for f in want if got.get(f) != want[f])
-    if wrong: raise DataError(f"does not match its sha256 in the manifest: restore it from the repository or run `make zoo`", file=shelf / name / wrong[0])
+    if wrong: raise DataError("does not match its sha256 in the manifest: restore it from the repository or run `make zoo`", file=shelf / name / wrong[0])
     return shelf / name
 
 def resolve(
