@@ -34,6 +34,7 @@ REPORT_READS = {
     "99_index": ["reports"],
     "83_fig3_pairs": ["pairs"],
     "86_fig6_counterfactual": ["counterfactual-scenes"],
+    "94_judge_calibration": ["paircomp-scenes"],
     "88_fig8_funnel": ["pairs"],
 }
 
@@ -99,7 +100,7 @@ rule build_pairs:
     params: code=version("experiments", "61_build_pairs")
     resources: seconds=int(SECONDS["61_build_pairs"] * SPEED)
     priority: 100
-    shell: EXECUTE + " -p seed 0"
+    shell: EXECUTE + " -p seed 0 && rm -f {OUT}/pairs/log.jsonl"   # the log is for going on after a kill, not for another run
 
 rule train_policy:
     input: starts_from, pairs=PAIRS, notebook=experiment("62_train_policy")

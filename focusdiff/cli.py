@@ -132,7 +132,10 @@ def _generate(args: argparse.Namespace) -> None:
     policy = load_policy(args.model)
     asked = {k: getattr(args, k) for k in ("guidance", "temperature", "top_k") if getattr(args, k) is not None}
     sampling = dataclasses.replace(policy.sampling, **asked)
-    claim_folder(out, {"model": args.model, "n": args.n, "seed": args.seed, **dataclasses.asdict(sampling), "prompts": prompts})
+    from focusdiff.judge import checkpoint_digest
+    from focusdiff.zoo import resolve
+    digest = checkpoint_digest(resolve(args.model), policy.model)
+    claim_folder(out, {"model": args.model, "weights": digest, "n": args.n, "seed": args.seed, **dataclasses.asdict(sampling), "prompts": prompts})
     todo = [stem for stem in prompts if not all((out / f).exists() for f in files[stem])]
     step = max(1, args.batch // args.n)
     for start in progress(range(0, len(todo), step), "draw"):
@@ -173,11 +176,8 @@ def open_rgb(
 ) -> Any:              # uint8 [height, width, 3]
     "Read one image."
     import numpy as np
-    from PIL import Image
-    try:
-        with Image.open(path) as image: return np.asarray(image.convert("RGB"))
-    except FileNotFoundError as e: raise DataError("no such image", file=path) from e
-    except OSError as e: raise DataError(f"not a readable image ({type(e).__name__})", file=path) from e
+    from focusdiff.pairs import open_image
+    return np.asarray(open_image(path))
 
 def list_images(args: argparse.Namespace) -> list[tuple[str, Path, str]]:  # (name, file, prompt)
     if args.list:

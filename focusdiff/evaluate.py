@@ -6,6 +6,8 @@ __all__ = ['Model', 'SceneRenderer', 'generate_images', 'load_images', 'judge_im
 
 # %% ../nbs/50_evaluate.ipynb #8d41419c
 import hashlib, io, json, re
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, Sequence
 
@@ -14,6 +16,7 @@ import pandas as pd
 
 from .benchmarks import Case, Item, load_benchmark, paircomp_items
 from .core import ConfigError, DataError, derive_seed, progress, write_atomic
+from .pairs import open_image
 from .results import COLUMNS, Scores
 from .scenes import caption_facts, render, scene_from_facts
 
@@ -183,11 +186,7 @@ def _check_folder(folder: Path, cases: Sequence[Case], n: int) -> None:
         raise DataError(f"{len(extra)} images of no case, or of more than {n} images a prompt: check cases and n", file=folder / extra[0])
 
 def _open_image(file: Path, case: int) -> np.ndarray:  # uint8 [height, width, 3]
-    from PIL import Image
-    try:
-        with Image.open(file) as image: return np.asarray(image.convert("RGB"))
-    except OSError as e:
-        raise DataError(f"case {case}: not a readable image ({type(e).__name__}): make it again", file=file, row=case) from e
+    return np.asarray(open_image(file, file, case))
 
 def score_folder(
     folder: str | Path,               # holds X_Y_Z.png
@@ -234,6 +233,7 @@ def _record(record: Any, case: int, file: Path) -> tuple[int, int, float | None]
         raise DataError(f"a record needs pair_idx, prompt_idx, image_idx and score, got {record!r}", file=file, row=case) from e
     if pair != case: raise DataError(f"record of pair {pair} under case {case}", file=file, row=case, field="pair_idx")
     if prompt not in (0, 1): raise DataError(f"prompt {prompt!r}: expected 0 or 1", file=file, row=case, field="prompt_idx")
+    if score is not None and not isinstance(score, (int, float)): raise DataError(f"score {score!r}: expected a number or null", file=file, row=case, field="score")
     return prompt, image, score
 
 def read_score_file(
@@ -249,8 +249,15 @@ def read_score_file(
     file, items = Path(path), {(i.meta["case"], i.meta["prompt_idx"]): i for i in paircomp_items(cases)}
     try: content = json.loads(file.read_text())
     except json.JSONDecodeError as e: raise DataError(f"not valid JSON: {e.msg} at line {e.lineno}, column {e.colno}", file=file) from e
+    if not isinstance(content, dict): raise DataError("expected an object from case to records", file=file)
+    strange = [k for k in content if not k.isdigit()] + [k for k, four in content.items() if not isinstance(four, list)]
+    if strange: raise DataError(f"case {strange[0]!r}: expected a case number with a list of records", file=file, row=strange[0])
     lost = sorted({c.index for c in cases} ^ {int(k) for k in content})
     if lost: raise DataError(f"{len(content)} cases, not {len(cases)}: case {lost[0]} is in only one of file and benchmark", file=file, row=lost[0])
     records = [(int(k), *_record(r, int(k), file)) for k, four in content.items() for r in four]
+    asked, first = Counter((case, p, z) for case, p, z, _ in records), sorted({z for _, _, z, _ in records})
+    for case in cases:
+        for p, z in product((0, 1), first or [0]):
+            if asked[case.index, p, z] != 1: raise DataError(f"{asked[case.index, p, z]} scores for prompt {p}, image {z}: expected one for every prompt and image", file=file, row=case.index)
     rows = [[items[case, p], z, "own", judge, s] for case, p, z, s in records]
     return _to_scores(rows, benchmark=benchmark, model=name, variant=variant, train_seed=train_seed)

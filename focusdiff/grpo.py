@@ -126,6 +126,12 @@ class GRPOConfig:
         if self.group_size < 2: raise ConfigError(f"group_size is {self.group_size}: an advantage compares at least 2 rows of a prompt")
         if self.law not in ("matched", "official"): raise ConfigError(f"law is {self.law!r}: choose 'matched' or 'official'")
         if self.beta < 0: raise ConfigError(f"beta is {self.beta}: the KL coefficient is 0 or more")
+        if self.beta and self.top_k is not None: raise ConfigError(f"top_k is {self.top_k} with beta {self.beta}: a token outside the reference's top k has no finite KL; set beta=0 or top_k=None")
+        if (self.guidance or 0) < 0: raise ConfigError(f"guidance is {self.guidance}: 0 or more, or None for the checkpoint's own")
+        positive = ("max_steps", "pairs_per_step", "temperature", "peak_lr", "convert_lr", "final_lr")
+        for name in positive:
+            if not getattr(self, name) > 0: raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if not 0 <= self.warmup_steps < self.convert_step: raise ConfigError(f"warmup_steps is {self.warmup_steps} and convert_step {self.convert_step}: the rate rises first, then falls")
 
 # %% ../nbs/21_grpo.ipynb #889c6bb2
 @dataclass
@@ -231,6 +237,7 @@ class GRPO(StepModule):
         score = lambda policy: policy.token_logps(rows.prompts, rows.tokens, self.sampling, law=self.config.law)
         with torch.no_grad(): ref_logps = score(self._reference[0]) if self._reference else None
         loss, kl = grpo_loss(score(self.policy), advantages, valid, ref_logps, self.config.beta, self.config.epsilon)
+        loss = loss * valid.float().mean()      # over all rows, so that micro-batches and devices with different numbers of masked rows add up to the whole batch
         self.record(loss=loss.item(), kl=kl.item(), injection_probability=self.injection_probability(),
                     **step_metrics(rows, rewards, valid, counts, self.truth))
         self.last_group = (rows, rewards, valid, advantages)

@@ -338,7 +338,8 @@ def build_rows(
 ) -> list[dict]:        # one per edit, in order
     "Run the pipeline on every edit that the log does not hold yet."
     if len({e.id for e in edits}) < len(edits): raise DataError("two edits share an id: ids name the rows of the log", field="id")
-    listed = hashlib.sha256("\n".join(f"{e.id}\t{e.instruction}\t{e.image1}\t{e.image2}" for e in edits).encode()).hexdigest()[:16]
+    content = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
+    listed = hashlib.sha256("\n".join(f"{e.id}\t{e.instruction}\t{content(e.image1)}\t{content(e.image2)}" for e in edits).encode()).hexdigest()[:16]
     done = open_log(log, dict(builder.settings(), edits=listed))
     todo = [e for e in edits if e.id not in done]
     for start in progress(range(0, len(todo), chunk), "build pairs"):

@@ -97,6 +97,8 @@ class PairGRPOConfig(GRPOConfig):
         if self.injection not in INJECTIONS: raise ConfigError(f"injection is {self.injection!r}: choose one of {', '.join(INJECTIONS)}")
         if self.reward_on not in ("raw", "reconstructed"): raise ConfigError(f"reward_on is {self.reward_on!r}: choose 'raw' or 'reconstructed'")
         if self.constant_p is not None and not 0 <= self.constant_p <= 1: raise ConfigError(f"constant_p is {self.constant_p}: a probability lies in [0, 1]")
+        if self.schedule_steps <= 0: raise ConfigError(f"schedule_steps is {self.schedule_steps}: it must be above 0")
+        if self.top_k is not None and self.injection != "none": raise ConfigError(f"top_k is {self.top_k} with injection {self.injection!r}: a real token outside the top k has no finite log-probability")
         real = len(INJECTIONS[self.injection])
         if self.group_size <= real: raise ConfigError(f"group_size is {self.group_size}, and {real} rows are real images: at least one must be sampled")
 

@@ -5,7 +5,7 @@ __all__ = ['MetricsFile', 'StepSeed', 'TimeLeft', 'NotFinite', 'FiniteLoss', 'St
            'fit']
 
 # %% ../nbs/03_training.ipynb #22e71212
-import dataclasses, json, math, warnings, zipfile
+import dataclasses, json, math, shutil, time, warnings, zipfile
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +163,18 @@ def make_trainer(
 def checkpoint_to_resume(
     run_dir: str | Path,           # folder of the run
     settings: dict | None = None,  # JSON-able: every setting and the hashes of every input
+    follow: bool = False,          # wait for the decision of another process instead of taking it
 ) -> Path | None:                  # `last.ckpt`, or None to start afresh
     "The checkpoint to continue from, if there is one and it was begun with the same `settings`."
     last, note = Path(run_dir)/"last.ckpt", Path(run_dir)/"settings.json"
     text = json.dumps(settings, sort_keys=True, default=str)
-    same = note.exists() and note.read_text() == text
-    if last.exists() and not same: print("settings or inputs have changed since the last checkpoint: starting afresh")
-    if not same: write_atomic(note, text)
-    if not (last.exists() and same): return None
+    same = lambda: note.exists() and note.read_text() == text
+    while follow and not same(): time.sleep(0.1)                # the deciding process is still at it
+    if not same():
+        if last.exists(): print("settings or inputs have changed since the last checkpoint: starting afresh")
+        shutil.rmtree(last) if last.is_dir() else last.unlink(missing_ok=True)      # first, so that a kill between the two cannot marry old weights to new settings
+        write_atomic(note, text)
+    if not last.exists(): return None
     if last.is_file() and not zipfile.is_zipfile(last): raise DataError("not a whole checkpoint: delete it to start afresh", file=last)
     return last
 
@@ -183,7 +187,7 @@ def fit(
 ) -> None:
     "Train `module` to `max_steps`, continuing from `last.ckpt` when there is one."
     batches, run_dir = _SealedLoader(loader), Path(trainer.default_root_dir)
-    last = checkpoint_to_resume(run_dir, settings) if trainer.is_global_zero else run_dir/"last.ckpt"
+    last = checkpoint_to_resume(run_dir, settings, follow=not trainer.is_global_zero)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, batches, ckpt_path=last, weights_only=True)
