@@ -27,7 +27,7 @@ RUNS = {
     "smoke": dict(methods=METHODS, seeds=[0], attribution=["pair_no_joint"], attribution_seeds=[0], benchmarks=SCENES),
 }
 
-SECONDS = {"61_build_pairs": 60, "62_train_policy": 120, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+SECONDS = {"61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
 
 # What a report reads, if it is not everything: "pairs", "training", or the name of a benchmark. A report on a benchmark that a scale does not have is left out there.
 REPORT_READS = {
@@ -74,7 +74,7 @@ def judged(wildcards):
 def report_reads(wildcards):
     files = {"pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
     names = REPORT_READS.get(wildcards.stem, ["pairs", "training", *SCORES])
-    return [f for name in names for f in files.get(name, [])]
+    return [f for name in names for f in files.get(name, [])] + sorted(map(str, Path("data/published").glob("*.csv")))
 
 wildcard_constraints:
     variant = "[a-z_]+",

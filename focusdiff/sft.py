@@ -105,10 +105,10 @@ VARIANTS = {
     "pair_reconstructed_reward": (PairGRPOConfig, dict(reward_on="reconstructed")),
 }
 
-# %% ../nbs/23_sft.ipynb #33f2c6f0
-_TINY_RL = dict(max_steps=40, pairs_per_step=12, guidance=None, beta=0.01, peak_lr=3e-4, convert_lr=1.5e-4, final_lr=3e-5, warmup_steps=5, convert_step=20)
+# %% ../nbs/23_sft.ipynb #facdbf29
+_TINY_RL = dict(max_steps=60, pairs_per_step=12, guidance=None, beta=0.01, peak_lr=4e-4, convert_lr=2e-4, final_lr=4e-5, warmup_steps=5, convert_step=30)
 _SCALES = {  # per method: what a scale overrides
-    "tiny": {SFTConfig: dict(max_steps=150, pairs_per_step=32, peak_lr=2e-4, final_lr=2e-5, warmup_steps=10), GRPOConfig: _TINY_RL, PairGRPOConfig: _TINY_RL | dict(schedule_steps=32)},
+    "tiny": {SFTConfig: dict(max_steps=150, pairs_per_step=32, peak_lr=2e-4, final_lr=2e-5, warmup_steps=10), GRPOConfig: _TINY_RL, PairGRPOConfig: _TINY_RL | dict(schedule_steps=48)},
     "small": {SFTConfig: dict(max_steps=600, pairs_per_step=32, peak_lr=2e-4, final_lr=2e-5, warmup_steps=30),
               GRPOConfig: _TINY_RL | dict(max_steps=300, pairs_per_step=24, convert_step=150, warmup_steps=20),
               PairGRPOConfig: _TINY_RL | dict(max_steps=300, pairs_per_step=24, convert_step=150, warmup_steps=20, schedule_steps=240)},
