@@ -155,7 +155,7 @@ def blank(
     _, states, _, pooled = _encode(self, [""] * rows, True)
     return Condition(states, pooled)
 
-# %% ../nbs/30_diffusion.ipynb #dbd165ac
+# %% ../nbs/30_diffusion.ipynb #cd2bb394
 @patch
 @torch.no_grad()
 def encode_images(
@@ -174,7 +174,7 @@ def encode_images(
 @patch
 def decode(
     self: Backbone,
-    latents: Float[Tensor, "batch channel height width"],
+    latents: Float[Tensor, "batch channel height width"],   # of the checkpoint's scale
 ) -> Float[Tensor, "batch 3 side side"]:   # about [-1, 1], with gradient
     "Pixels of latents."
     z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
@@ -187,11 +187,11 @@ def to_images(
     "Pictures for people, judges and files."
     return ((pixels.detach().float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
 
-# %% ../nbs/30_diffusion.ipynb #8492ec4e
+# %% ../nbs/30_diffusion.ipynb #828a3a5f
 @patch
 def predict(
     self: Backbone,
-    latents: Float[Tensor, "batch channel height width"],
+    latents: Float[Tensor, "batch channel height width"],   # of the checkpoint's scale
     t: Tensor,              # timestep, [] or [batch]
     condition: Condition,   # one row a latent
 ) -> Float[Tensor, "batch channel height width"]:   # what `prediction` names, with gradient
@@ -209,7 +209,7 @@ def predict(
 @patch
 def guided(
     self: Backbone,
-    latents: Float[Tensor, "batch channel height width"],
+    latents: Float[Tensor, "batch channel height width"],   # of the checkpoint's scale
     t: Tensor,                       # one timestep
     condition: Condition,            # one row a latent
     blank: Condition | None = None,  # of as many rows; None: no guidance
@@ -244,7 +244,7 @@ def noise(
     rows = [torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(rows).to(self.device, self.dtype)
 
-# %% ../nbs/30_diffusion.ipynb #8465595b
+# %% ../nbs/30_diffusion.ipynb #ccf61a61
 @patch
 @torch.no_grad()
 def denoise(
@@ -254,7 +254,7 @@ def denoise(
     how: Denoising | None = None,        # default: the backbone's own
     seeds: list[int] | None = None,      # one a row; needed when the steps draw noise
     stop: int | None = None,             # make only the first `stop` steps
-    before: Callable[[int, Tensor], None] | None = None,  # called with (step, timestep) ahead of each denoiser call
+    before: Callable[[int, Tensor, Tensor], Any] | None = None,  # called with (step, timestep, latents) ahead of each denoiser call
 ) -> Float[Tensor, "batch channel height width"]:
     "Roll out the steps of a sampling run, without gradient."
     how = how or self.denoising
@@ -266,7 +266,7 @@ def denoise(
         extra["generator"] = [torch.Generator().manual_seed(derive_seed("steps", s)) for s in seeds]
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, t in enumerate(scheduler.timesteps[:stop]):
-        if before: before(i, t)
+        if before: before(i, t, latents)
         seen = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
         latents = scheduler.step(self.guided(seen, t, condition, blank, how.guidance), t, latents, return_dict=False, **extra)[0]
     return latents

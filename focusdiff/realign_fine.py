@@ -20,7 +20,7 @@ from .core import ConfigError, DataError
 from .diffusion import Backbone, Condition, Denoising, to_images
 from .regions import Region
 
-# %% ../nbs/33_realign_fine.ipynb #74f3bd03
+# %% ../nbs/33_realign_fine.ipynb #90d895f2
 def modulate(
     scores: Float[Tensor, "batch head query key"],   # Q K' / sqrt(d)
     inside: Bool[Tensor, "batch 1 query key"],       # R
@@ -28,7 +28,7 @@ def modulate(
 ) -> Float[Tensor, "batch head query key"]:
     "Pull the scores inside a region to their row's maximum, the others to its minimum."
     target = torch.where(inside, scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True))
-    return scores + strength * (target - scores)
+    return scores.lerp(target, strength)
 
 # %% ../nbs/33_realign_fine.ipynb #e4b8a803
 @dataclasses.dataclass(frozen=True)
@@ -124,24 +124,21 @@ def make_layout(
             segment[row][mask], tokens[row, slice(*span)], scores[row, i] = i, i, region.score
     return Layout(segment, tokens, scores), found
 
-# %% ../nbs/33_realign_fine.ipynb #7e3502b8
+# %% ../nbs/33_realign_fine.ipynb #ff0520b9
 def layer_terms(
     layout: Layout,        # of the batch
     cells: int,            # queries
     cross: bool,           # keys are tokens, else pixels
-    weight: float,         # lambda_t
-    clamp: bool = False,   # strength at most 1
-) -> tuple[Bool[Tensor, "batch 1 query key"], Float[Tensor, "batch 1 query 1"]]:   # R, c
-    "Membership and strength for one attention layer."
+) -> tuple[Bool[Tensor, "batch 1 query key"], Float[Tensor, "batch 1 query 1"]]:   # R, and S (1 - B)
+    "Membership, and strength up to the weight of the step, for one attention layer."
     segment = layout.at(cells)
     areas = F.one_hot(segment, layout.scores.shape[1]).float().mean(1)                       # [batch, region]
-    strength = layout.scores.gather(1, segment) * weight * (1 - areas.gather(1, segment))    # [batch, query]
-    if clamp: strength = strength.clamp(max=1)
+    strength = layout.scores.gather(1, segment) * (1 - areas.gather(1, segment))             # [batch, query]
     owner = layout.tokens if cross else segment
     inside = (segment[:, :, None] == owner[:, None, :]) & (segment[:, :, None] > 0)
     return inside[:, None], strength[:, None, :, None]
 
-# %% ../nbs/33_realign_fine.ipynb #9100bbf2
+# %% ../nbs/33_realign_fine.ipynb #d6db7e74
 class Modulation:
     "Modulated attention for a batch; a context manager that installs it in a backbone and takes it out again."
     def __init__(
@@ -155,15 +152,28 @@ class Modulation:
         if backbone.kind == "sd3": raise ConfigError("SD3 mixes text and pixels in one joint attention: the fine stage needs a UNet (SD-v1.5, SDXL)")
         self.backbone, self.layout, self.steps, self.config = backbone, layout.to(backbone.device), how.steps, config
         self.weights, self.record, self.total, self.count = {"cross": 0.0, "self": 0.0}, record, 0.0, 0
+        self.known = {}   # (cells, cross) -> terms: the same at every step
 
     def before(
         self,
         step: int,   # 0-based
         t: Tensor,   # its timestep
+        latents: Tensor | None = None,   # not used
     ) -> None:
         "Set the weights for the coming denoiser call; `Backbone.denoise` calls this."
         share = float(t) / self.backbone.pipe.scheduler.config.num_train_timesteps
         self.weights = {kind: self.config.weight(kind, share, step, self.steps) for kind in ("cross", "self")}
+
+    def terms(
+        self,
+        cells: int,      # queries of the layer
+        cross: bool,     # keys are tokens
+    ) -> tuple[Tensor, Tensor]:   # R and c
+        "Membership and strength for a layer at the present step."
+        if (cells, cross) not in self.known: self.known[cells, cross] = layer_terms(self.layout, cells, cross)
+        inside, strength = self.known[cells, cross]
+        strength = strength * self.weights["cross" if cross else "self"]
+        return inside, strength.clamp(max=1) if self.config.clamp_strength else strength
 
     def __enter__(self) -> "Modulation":
         unet = self.backbone.denoiser
@@ -173,7 +183,7 @@ class Modulation:
 
     def __exit__(self, *error: Any) -> None: self.backbone.denoiser.set_attn_processor(self.plain)
 
-# %% ../nbs/33_realign_fine.ipynb #5eb74eb2
+# %% ../nbs/33_realign_fine.ipynb #11c9770c
 class ModulatedAttention:
     "An attention processor of diffusers that modulates the conditional half."
     def __init__(
@@ -192,7 +202,7 @@ class ModulatedAttention:
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(keys)))
         out = F.scaled_dot_product_attention(q, k, v)
         first = _conditional(len(q), len(state.layout))
-        changed = _modulated(state, q[first:], k[first:], v[first:], out[first:], cross, weight, record)
+        changed = _modulated(state, q[first:], k[first:], v[first:], out[first:], cross, record)
         out = torch.cat([out[:first], changed]).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
@@ -200,16 +210,18 @@ def _conditional(rows: int, pictures: int) -> int:  # first row of the condition
     if rows not in (pictures, 2 * pictures): raise DataError(f"the layout has {pictures} pictures, the batch {rows} rows: expected {pictures}, or {2 * pictures} with guidance")
     return rows - pictures
 
-def _modulated(state: Modulation, q: Tensor, k: Tensor, v: Tensor, plain: Tensor, cross: bool, weight: float, record: bool) -> Tensor:  # [batch, head, query, channel]
-    scores = ((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).float()
-    inside, strength = layer_terms(state.layout, q.shape[2], cross, weight, state.config.clamp_strength)
+def _modulated(state: Modulation, q: Tensor, k: Tensor, v: Tensor, plain: Tensor, cross: bool, record: bool) -> Tensor:  # [batch, head, query, channel]
+    inside, strength = state.terms(q.shape[2], cross)
+    rows = torch.arange(q.shape[2], device=q.device) if record else (strength > 0).any(0).flatten().nonzero()[:, 0]   # pixels that some picture changes
+    inside, strength = inside[:, :, rows], strength[:, :, rows]
+    scores = ((q[:, :, rows] * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).float()
     new = modulate(scores, inside, strength)
     if cross and state.config.protect_marks: new = torch.where((state.layout.tokens == -1)[:, None, None], scores, new)
     shares = new.softmax(-1)
     if record: state.collect(shares)
-    return torch.where(strength > 0, shares.to(v.dtype) @ v, plain)
+    return plain.index_copy(2, rows, torch.where(strength > 0, shares.to(v.dtype) @ v, plain[:, :, rows]))
 
-# %% ../nbs/33_realign_fine.ipynb #5525f741
+# %% ../nbs/33_realign_fine.ipynb #502f3bd5
 @patch
 def collect(
     self: Modulation,
@@ -221,13 +233,11 @@ def collect(
     grid = shares.mean(1).transpose(1, 2).unflatten(2, (h, -1))
     self.total, self.count = self.total + F.interpolate(grid, (height, width), mode="bilinear"), self.count + 1
 
-@property
-def _maps(self: Modulation) -> Float[Tensor, "batch token height width"]:
+@patch(as_prop=True)
+def maps(self: Modulation) -> Float[Tensor, "batch token height width"]:
     "Mean attention share of each token; needs `record=True` and a run."
     if not self.count: raise ConfigError("no attention was recorded: use Modulation(..., record=True) and paint")
     return self.total / self.count
-
-Modulation.maps = _maps
 
 # %% ../nbs/33_realign_fine.ipynb #0e931e91
 def splice_text(

@@ -124,7 +124,7 @@ def join_regions(
     dropped["hidden by others"] += sum(not c.any() for c in cells)
     return [Region(g[0][0].tag, g[0][0].caption, max(p.score for p, _ in g), c) for g, c in zip(groups.values(), cells) if c.any()]
 
-# %% ../nbs/32_regions.ipynb #79f5dd62
+# %% ../nbs/32_regions.ipynb #4e6ad222
 @dataclass
 class Coverage:
     "How much of a batch the fine stage can act on."
@@ -137,9 +137,9 @@ class Coverage:
 def find_regions(
     images: np.ndarray,        # coarse pictures, uint8 [batch, height, width, 3]
     prompts: list[str],        # they were painted for
-    tagger: Tagger,
-    scorer: PhraseScorer,
-    segmenter: Segmenter,
+    tagger: Tagger,            # what is in a picture
+    scorer: PhraseScorer,      # which words mean it, and how surely
+    segmenter: Segmenter,      # where it is
     size: tuple[int, int],     # of the latent: height, width
 ) -> tuple[list[list[Region]], Coverage]:
     "Regions of each picture, and what became of the rest."
@@ -169,7 +169,7 @@ def keep_boxes(
         if (inner <= threshold * (area[kept] + area[i] - inner)).all(): kept.append(i)
     return kept
 
-# %% ../nbs/32_regions.ipynb #cd3f5835
+# %% ../nbs/32_regions.ipynb #757c306f
 class GroundedSam:
     "GroundingDINO for boxes, SAM for masks."
     def __init__(
@@ -178,7 +178,7 @@ class GroundedSam:
         masker: str = "facebook/sam-vit-huge",                 # any `SamModel`
         device: Any = None,                                    # default: the first GPU, else the CPU
         box_threshold: float = 0.25,                           # as in the Grounded-SAM demo with RAM
-        text_threshold: float = 0.20,
+        text_threshold: float = 0.20,                          # of a token, to name a box
         overlap: float = 0.5,                                  # of `keep_boxes`
     ):
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SamModel

@@ -52,7 +52,7 @@ def tiny_vae(
     return AutoencoderKL(block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n, layers_per_block=1, norm_num_groups=8,
                          latent_channels=channels, sample_size=side, scaling_factor=1.0, shift_factor=shift, use_quant_conv=shift is None, use_post_quant_conv=shift is None)
 
-# %% ../nbs/29_tiny_diffusion.ipynb #cb7af683
+# %% ../nbs/29_tiny_diffusion.ipynb #95048121
 def tiny_scheduler(
     prediction: Literal["epsilon", "v_prediction"] = "epsilon",  # what the denoiser predicts
 ) -> Any:                                                        # `DDIMScheduler`
@@ -60,7 +60,7 @@ def tiny_scheduler(
     from diffusers import DDIMScheduler
     if prediction not in ("epsilon", "v_prediction"): raise ConfigError(f'prediction {prediction!r}: choose "epsilon" or "v_prediction"; only build_tiny_sd3 learns a flow')
     zero = prediction == "v_prediction"
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=zero, steps_offset=0 if zero else 1,
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=zero, steps_offset=1,
                          prediction_type=prediction, rescale_betas_zero_snr=zero, timestep_spacing="trailing" if zero else "leading")
 
 def tiny_unet(
