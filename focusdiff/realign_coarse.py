@@ -179,7 +179,7 @@ class CoarseConfig:
 
 PRESETS = {"paper": {}, "practical": dict(estimator="likelihood", lora_rank=32, lr=1e-4, regulariser="reference")}
 
-# %% ../nbs/31_realign_coarse.ipynb #3a8c9ed8
+# %% ../nbs/31_realign_coarse.ipynb #f96b48ef
 def late_pixels(
     backbone: Backbone,      # tuned
     prompts: list[str],      # one a picture
@@ -189,7 +189,9 @@ def late_pixels(
 ) -> tuple[Float[Tensor, "batch 3 side side"], Float[Tensor, "batch channel height width"], int]:   # pixels, x0', step
     "Predicted clean pictures at a random late step, with gradient to the denoiser."
     step = int(np.random.default_rng(draw % 2**63).integers(config.first, config.steps))
-    condition, t = backbone.encode_prompts(prompts), backbone.scheduler(config.how).timesteps[step]
+    condition, scheduler = backbone.encode_prompts(prompts), backbone.scheduler(config.how)
+    if abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6: raise ConfigError(f'{type(scheduler).__name__} scales its latents, so x0\' has another formula: set scheduler="ddpm" or "ddim"')
+    t = scheduler.timesteps[step]
     latents = backbone.denoise(backbone.noise(seeds), condition, config.how, seeds, stop=step)
     clean = backbone.predict_clean(latents, t, condition)
     return backbone.decode(clean).clamp(-1, 1), clean, step
