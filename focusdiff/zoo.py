@@ -163,8 +163,9 @@ def save_checkpoint(
     "Save a checkpoint in the Hugging Face format (safetensors) and record it in the manifest."
     shelf = Path(folder or zoo_dir())
     model.save_pretrained(shelf / name)
+    parts = getattr(model, "components", {"model": model}).values()   # a pipeline has several
     if processor is not None: processor.save_pretrained(shelf / name)
-    entry = {**made, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "sha256": file_sums(shelf / name)}
+    entry = {**made, "class": type(model).__name__, "parameters": sum(p.numel() for m in parts if hasattr(m, "parameters") for p in m.parameters()), "sha256": file_sums(shelf / name)}
     write_atomic(shelf / "manifest.json", json.dumps({**read_manifest(shelf), name: entry}, indent=1, sort_keys=True))
     return shelf / name
 
