@@ -233,6 +233,7 @@ def _record(record: Any, case: int, file: Path) -> tuple[int, int, float | None]
         raise DataError(f"a record needs pair_idx, prompt_idx, image_idx and score, got {record!r}", file=file, row=case) from e
     if pair != case: raise DataError(f"record of pair {pair} under case {case}", file=file, row=case, field="pair_idx")
     if prompt not in (0, 1): raise DataError(f"prompt {prompt!r}: expected 0 or 1", file=file, row=case, field="prompt_idx")
+    if type(image) is not int or image < 0: raise DataError(f"image {image!r}: expected a whole number from 0", file=file, row=case, field="image_idx")
     if score is not None and not isinstance(score, (int, float)): raise DataError(f"score {score!r}: expected a number or null", file=file, row=case, field="score")
     return prompt, image, score
 

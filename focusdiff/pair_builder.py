@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 # %% ../nbs/13_pair_builder.ipynb #8797a6dc
 from .core import ConfigError, DataError, derive_seed, progress, write_atomic
 from .edits import EDIT_CATEGORY, PlantedEdit, explain_edit, parallel_facts, say_both
+from .question import Failed
 from .pairs import PromptPair, load_images, read_image_field, read_records, read_text_field
 from .scenes import SHAPES, TOLERANCE, Fact, Facts, Scene, caption_facts, oracle_scores, read_images, reading_to_scene
 
@@ -194,12 +195,13 @@ def read_captions(
 @dataclass
 class VLMCaptioner:
     "Captions pairs with a vision-language model."
-    ask: Callable[[np.ndarray, str], str]  # (picture, question) -> reply
-    id: str                                # names the model and its settings
+    ask: Callable[[np.ndarray, str], str | Failed]  # (picture, question) -> reply, or why there is none
+    id: str                                         # names the model and its settings
 
-    def __call__(self, images: Images, edits: Sequence[EditPair], attempt: int) -> list[tuple[str, str] | None]:
-        "One caption pair per edit; None where the reply had another form."
-        return [read_captions(self.ask(picture, CAPTION_REQUEST.replace("{instruction}", e.instruction))) for picture, e in zip(side_by_side(images), edits, strict=True)]
+    def __call__(self, images: Images, edits: Sequence[EditPair], attempt: int) -> list[tuple[str, str] | Failed | None]:
+        "One caption pair per edit; None where the reply had another form, `Failed` where there was none."
+        replies = [self.ask(picture, CAPTION_REQUEST.replace("{instruction}", e.instruction)) for picture, e in zip(side_by_side(images), edits, strict=True)]
+        return [reply if isinstance(reply, Failed) else read_captions(reply) for reply in replies]
 
 # %% ../nbs/13_pair_builder.ipynb #fb946ebd
 @dataclass(frozen=True)
@@ -270,9 +272,9 @@ def _check_edits(self: PairBuilder, images: Images, edits: Sequence[EditPair]) -
         rows.append(dict(id=edit.id, **dict(zip(EDIT_CHECKS, values)), **{f"{n}_ok": ok for n, ok in passed.items()}, verdict=verdict(passed), attempts=[]))
     return rows
 
-def _check_captions(self: PairBuilder, images: Images, captions: list[tuple[str, str] | None]) -> list[dict]:
+def _check_captions(self: PairBuilder, images: Images, captions: list[tuple[str, str] | Failed | None]) -> list[dict]:
     "c1 to c3: one row per caption pair with scores, passes and verdict."
-    rows = [dict(prompt1=c[0], prompt2=c[1], structure=self.structure(*c)) if c else dict(verdict="caption") for c in captions]
+    rows = [dict(prompt1=c[0], prompt2=c[1], structure=self.structure(*c)) if isinstance(c, tuple) else dict(verdict="unjudged" if isinstance(c, Failed) else "caption") for c in captions]
     for row in rows:
         if "structure" in row: row["structure_ok"] = passes(row["structure"], 0.5)
     asked = [i for i, row in enumerate(rows) if row.get("structure_ok")]

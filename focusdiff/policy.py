@@ -5,8 +5,9 @@ __all__ = ['Law', 'Sampling', 'token_law', 'JanusPolicy', 'load_policy', 'Rollou
 
 # %% ../nbs/20_policy.ipynb #15b79ddf
 import dataclasses, math
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,16 @@ def prompt_ids(
             raise DataError(f"{total} exceed the context of {self.context}: shorten it", row=i)
         self._ids[prompt] = ids
     return [self._ids[prompt] for prompt in prompts]
+
+@patch
+def check_prompts(
+    self: JanusPolicy,
+    pairs: Sequence[Any],  # `PromptPair`s
+) -> None:
+    "Find a caption that the policy cannot take before the first step: a `DataError` with its file, row and field."
+    for pair, field in product(pairs, ("prompt1", "prompt2")):
+        try: self.prompt_ids([getattr(pair, field)])
+        except DataError as e: raise DataError(e.message, pair.file, pair.row, field) from e
 
 @patch
 def _uncond_ids(self: JanusPolicy, ids: list[int]) -> list[int]:  # the same row without its prompt
