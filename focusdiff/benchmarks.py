@@ -148,12 +148,18 @@ OFFICIAL = {
     "geneval": "geneval_evaluation_metadata.jsonl",
     "t2i_compbench": "t2i_compbench",
     "dpg": "dpg/prompts.jsonl",
+    "abc6k": "ABC-6K.txt",
+    "cc500": "CC-500.txt",
+    "coco": "captions_val2014.json",
 }
 _SOURCES = {
     "paircomp": "github.com/wendell0218/FocusDiff, PairComp/prompt",
     "geneval": "github.com/djghosh13/geneval, prompts",
     "t2i_compbench": "github.com/Karine-Huang/T2I-CompBench, examples/dataset",
     "dpg": "github.com/TencentQQGYLab/ELLA, dpg_bench/prompts",
+    "abc6k": "github.com/weixi-feng/Structured-Diffusion-Guidance",
+    "cc500": "github.com/weixi-feng/Structured-Diffusion-Guidance",
+    "coco": "cocodataset.org, annotations_trainval2014.zip",
 }
 
 def official_path(
