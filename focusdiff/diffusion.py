@@ -13,9 +13,9 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../nbs/30_diffusion.ipynb #66ffa7b1
+# %% ../nbs/30_diffusion.ipynb #ea27cdfa
 from .core import ConfigError, DataError, derive_seed, pick_device
-from .zoo import resolve
+from .zoo import load_whole, resolve
 
 # %% ../nbs/30_diffusion.ipynb #9a5a16d4
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -100,7 +100,7 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype: return self.denoiser.dtype
 
-# %% ../nbs/30_diffusion.ipynb #7c1de9cc
+# %% ../nbs/30_diffusion.ipynb #6dc997b4
 def load_backbone(
     name: str | Path,                    # zoo name, local folder or hub id
     device: Any = None,                  # default: the first GPU, else the CPU
@@ -108,13 +108,18 @@ def load_backbone(
     **denoising: Any,                    # overrides of the recommended `Denoising`
 ) -> Backbone:                           # frozen but for the denoiser
     "Load a pipeline from safetensors, without remote code and without its safety checker."
-    import diffusers
-    path = resolve(str(name))
-    try: kind = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
+    import diffusers, transformers
+    path, libraries = resolve(str(name)), {"diffusers": (diffusers, "torch_dtype"), "transformers": (transformers, "dtype")}
+    try: index = diffusers.DiffusionPipeline.load_config(path)
     except OSError as e: raise ConfigError(f"{name} is no diffusion pipeline: it has no model_index.json") from e
+    kind = index.get("_class_name")
     if kind not in _KINDS: raise ConfigError(f"{name} is a {kind}: expected one of {', '.join(_KINDS)}")
-    extra = dict(safety_checker=None, requires_safety_checker=False) if _KINDS[kind] == "sd" else {}
-    pipe = getattr(diffusers, kind).from_pretrained(path, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra)
+    parts = dict(safety_checker=None, requires_safety_checker=False) if _KINDS[kind] == "sd" else {}
+    for part, entry in index.items():
+        library, said = libraries.get(entry[0] if isinstance(entry, (list, tuple)) else None, (None, ""))
+        model = getattr(library, entry[1], None) if library else None
+        if part not in parts and inspect.isclass(model) and issubclass(model, torch.nn.Module): parts[part] = load_whole(model, path, subfolder=part, use_safetensors=True, **{said: dtype})
+    pipe = getattr(diffusers, kind).from_pretrained(path, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **parts)
     if dtype == torch.float16 and pipe.vae.config.force_upcast: pipe.vae.to(torch.float32)   # SDXL's autoencoder overflows in fp16
     return Backbone(pipe.to(device or pick_device()), **denoising)
 

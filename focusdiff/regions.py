@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Mask', 'TAG_QUESTION', 'Tag', 'Found', 'Region', 'Tagger', 'Segmenter', 'SceneTagger', 'SceneSegmenter',
            'cell_shares', 'disjoint_cells', 'join_regions', 'Coverage', 'find_regions', 'keep_boxes', 'GroundedSam',
-           'read_tags', 'VLMTagger', 'load_tagger']
+           'load_segmenter', 'read_tags', 'VLMTagger', 'FlorenceTagger', 'load_tagger']
 
 # %% ../nbs/32_regions.ipynb #3904a8fa
 import json, re
@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
-# %% ../nbs/32_regions.ipynb #d0c66419
+# %% ../nbs/32_regions.ipynb #bf698a75
 from . import scenes as world
 from .core import ConfigError, DataError, pick_device
 from .phrases import Phrase, PhraseScorer, lemma
-from .zoo import resolve
+from .zoo import load_whole, resolve
 
 # %% ../nbs/32_regions.ipynb #79519d3b
 Mask = Bool[np.ndarray, "height width"]
@@ -124,7 +124,7 @@ def join_regions(
     dropped["hidden by others"] += sum(not c.any() for c in cells)
     return [Region(g[0][0].tag, g[0][0].caption, max(p.score for p, _ in g), c) for g, c in zip(groups.values(), cells) if c.any()]
 
-# %% ../nbs/32_regions.ipynb #4e6ad222
+# %% ../nbs/32_regions.ipynb #25402860
 @dataclass
 class Coverage:
     "How much of a batch the fine stage can act on."
@@ -145,6 +145,8 @@ def find_regions(
     "Regions of each picture, and what became of the rest."
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3: raise DataError(f"expected uint8 RGB images [batch, height, width, 3], got {images.dtype} {images.shape}: convert them first")
     if len(images) != len(prompts): raise DataError(f"{len(images)} images but {len(prompts)} prompts: one prompt an image")
+    for row, p in enumerate(prompts):
+        if not p.strip(): raise DataError("empty prompt: it describes no picture", row=row)
     names = [list(dict.fromkeys(t.name.strip().lower() for t in row if t.name.strip())) for row in tagger.tag(images)]
     answers = [scorer.score(p, tags) for p, tags in zip(prompts, names)]
     wanted = [[p for p in a.phrases if p.caption and p.score > 0] for a in answers]
@@ -169,7 +171,7 @@ def keep_boxes(
         if (inner <= threshold * (area[kept] + area[i] - inner)).all(): kept.append(i)
     return kept
 
-# %% ../nbs/32_regions.ipynb #757c306f
+# %% ../nbs/32_regions.ipynb #d79acb59
 class GroundedSam:
     "GroundingDINO for boxes, SAM for masks."
     def __init__(
@@ -177,14 +179,14 @@ class GroundedSam:
         detector: str = "IDEA-Research/grounding-dino-tiny",   # SwinT-OGC; zoo name, folder or hub id
         masker: str = "facebook/sam-vit-huge",                 # any `SamModel`
         device: Any = None,                                    # default: the first GPU, else the CPU
+        dtype: Any = "auto",                                   # of the weights: as saved, or a torch dtype
         box_threshold: float = 0.25,                           # as in the Grounded-SAM demo with RAM
         text_threshold: float = 0.20,                          # of a token, to name a box
         overlap: float = 0.5,                                  # of `keep_boxes`
     ):
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SamModel
-        self.id, self.device = f"{detector}+{masker}", device or pick_device()
-        paths = resolve(detector), resolve(masker)
-        self.detector, self.masker = (cls.from_pretrained(p).to(self.device).eval() for cls, p in zip((AutoModelForZeroShotObjectDetection, SamModel), paths))
+        self.id, paths = f"{detector}+{masker}", (resolve(detector), resolve(masker))
+        self.detector, self.masker = (load_whole(kind, p, dtype=dtype).to(device or pick_device()).eval() for kind, p in zip((AutoModelForZeroShotObjectDetection, SamModel), paths))
         self.read_text, self.read_boxes = (AutoProcessor.from_pretrained(p) for p in paths)
         self.thresholds, self.overlap = dict(threshold=box_threshold, text_threshold=text_threshold), overlap
 
@@ -193,7 +195,7 @@ class GroundedSam:
         with torch.inference_mode(): return [self._one(i, t) for i, t in zip(images, tags, strict=True)]
 
     def _boxes(self, picture: Any, tags: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # boxes, scores, index of the tag
-        batch = self.read_text(images=[picture] * len(tags), text=[f"{t.lower()}." for t in tags], padding=True, return_tensors="pt").to(self.device)
+        batch = self.read_text(images=[picture] * len(tags), text=[f"{t.lower()}." for t in tags], padding=True, return_tensors="pt").to(self.detector.device, self.detector.dtype)
         found = self.read_text.post_process_grounded_object_detection(self.detector(**batch), batch["input_ids"], target_sizes=[picture.size[::-1]] * len(tags), **self.thresholds)
         boxes, scores = (np.concatenate([f[key].float().cpu().numpy() for f in found]) for key in ("boxes", "scores"))
         return boxes, scores, np.repeat(np.arange(len(tags)), [len(f["scores"]) for f in found])
@@ -205,13 +207,26 @@ class GroundedSam:
         boxes, scores, owner = self._boxes(picture, tags)
         kept = keep_boxes(boxes, scores, self.overlap)
         if not kept: return [None] * len(tags)
-        batch = self.read_boxes(images=picture, input_boxes=[boxes[kept].tolist()], return_tensors="pt").to(self.device)
-        out = self.masker(**{k: v for k, v in batch.items() if "sizes" not in k}, multimask_output=False)
-        masks = self.read_boxes.image_processor.post_process_masks(out.pred_masks.cpu(), batch["original_sizes"].cpu(), batch["reshaped_input_sizes"].cpu())[0][:, 0].numpy() > 0
+        batch = self.read_boxes(images=picture, input_boxes=[boxes[kept].tolist()], return_tensors="pt").to(self.masker.device)
+        out = self.masker(batch["pixel_values"].to(self.masker.dtype), input_boxes=batch["input_boxes"].float(), multimask_output=False)
+        masks = self.read_boxes.image_processor.post_process_masks(out.pred_masks.float().cpu(), batch["original_sizes"].cpu(), batch["reshaped_input_sizes"].cpu())[0][:, 0].numpy() > 0
         rows = [np.flatnonzero(owner[kept] == i) for i in range(len(tags))]
         return [Found(masks[r].any(0), float(scores[kept][r].max())) if len(r) else None for r in rows]
 
-# %% ../nbs/32_regions.ipynb #a5069b23
+# %% ../nbs/32_regions.ipynb #16db8f88
+def load_segmenter(
+    name: str,             # "scene", or "detector+masker": GroundingDINO and SAM by zoo name, folder or hub id
+    device: Any = None,    # default: the first GPU, else the CPU
+    **options: Any,        # of `GroundedSam`
+) -> Segmenter:
+    "From a name to a segmenter."
+    if name == "scene": return SceneSegmenter()
+    detector, plus, masker = name.partition("+")
+    if not plus and "sam3" in name.lower(): raise ConfigError(f"{name}: SAM 3 does not load without torchvision, which this library does without; use IDEA-Research/grounding-dino-tiny+facebook/sam-vit-huge")
+    if not plus: raise ConfigError(f"{name} names one model: expected detector+masker, as in IDEA-Research/grounding-dino-tiny+facebook/sam-vit-huge")
+    return GroundedSam(detector, masker, device, **options)
+
+# %% ../nbs/32_regions.ipynb #b88993d1
 TAG_QUESTION = 'Name every kind of object that is visible in this picture. Answer with a JSON list of nouns and nothing else, as in ["dog", "table"].'
 
 def read_tags(
@@ -246,12 +261,27 @@ class VLMTagger:
         out = self.model.generate(**{k: v for k, v in batch.items() if k != "labels"}, do_sample=False, max_new_tokens=self.max_tokens)
         return self.processor.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True)
 
+class FlorenceTagger(VLMTagger):
+    "Florence-2's object detection, for its names."
+    def tag(self, images: np.ndarray | list[np.ndarray]) -> list[list[Tag]]:
+        return [[Tag(n) for n in dict.fromkeys(" ".join(x.lower().split()) for x in re.findall(r"([^<>]*\w[^<>]*)<loc_\d+>", self.ask(i)))] for i in images]
+
+    def ask(self, image: np.ndarray) -> str:
+        from PIL import Image
+        batch = self.processor(images=Image.fromarray(image), text="<OD>", return_tensors="pt").to(self.model.device, self.model.dtype)
+        out = self.model.generate(**batch, do_sample=False, num_beams=3, max_new_tokens=self.max_tokens)   # beams as in its model card
+        return self.processor.decode(out[0], skip_special_tokens=False)
+
 def load_tagger(
     name: str,            # "scene", or a zoo name, folder or hub id of a vision-language model
     device: Any = None,   # default: the first GPU, else the CPU
+    dtype: Any = "auto",  # of the weights: as saved, or a torch dtype
 ) -> Tagger:
     "From a name to a tagger."
     if name == "scene": return SceneTagger()
     from transformers import AutoModelForImageTextToText, AutoProcessor
     path = resolve(name)
-    return VLMTagger(AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device or pick_device()), AutoProcessor.from_pretrained(path), name)
+    try: processor = AutoProcessor.from_pretrained(path)
+    except ImportError as e: raise ConfigError(f"the processor of {name} needs a missing package, often torchvision in the build for your torch: {e}") from e
+    model = load_whole(AutoModelForImageTextToText, path, dtype=dtype).to(device or pick_device())
+    return FlorenceTagger(model, processor, name, 1024) if model.config.model_type == "florence2" else VLMTagger(model, processor, name)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'scene_words', 'build_tokenizer', 'janus_config', 'janus_processor', 'build_tiny_janus', 'build_tiny_llava',
-           'build_tiny_paligemma', 'read_manifest', 'file_sums', 'save_checkpoint', 'verify', 'resolve']
+           'build_tiny_paligemma', 'read_manifest', 'file_sums', 'save_checkpoint', 'verify', 'resolve', 'load_whole']
 
 # %% ../nbs/02_zoo.ipynb #3faf368a
 import hashlib, json
@@ -192,3 +192,15 @@ def resolve(
         if (path / "config.json").exists() or (path / "model_index.json").exists(): return str(path)
     if str(name).count("/") == 1 and not str(name).startswith((".", "/")): return str(name)
     raise ConfigError(f"no model {str(name)!r}: expected a zoo name ({', '.join(sorted(read_manifest()))}), a folder with a config.json, or a hub id like owner/name")
+
+# %% ../nbs/02_zoo.ipynb #3b24fbfe
+def load_whole(
+    kind: Any,        # a model class of transformers or diffusers
+    path: str,        # from `resolve`
+    **options: Any,   # of its `from_pretrained`
+) -> Any:             # the model
+    "Load a model; weights that the checkpoint lacks are a `ConfigError`."
+    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    lost = sorted(info["missing_keys"])
+    if lost: raise ConfigError(f"{path} lacks {len(lost)} weights of {type(model).__name__}, such as {lost[0]}: they would be random; take a complete checkpoint of this class")
+    return model
