@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'COARSE', 'STUDIES', 'Method', 'first_picture', 'Study', 'coarse_config', 'scene_items', 'load_reward',
-           'Painted', 'image_seeds', 'paint']
+           'Painted', 'image_seeds', 'paint', 'attention_maps']
 
 # %% ../nbs/46_realign_study.ipynb #9afa18f6
 from dataclasses import asdict, dataclass, field
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/46_realign_study.ipynb #5f2a3bf6
+# %% ../nbs/46_realign_study.ipynb #b4f74509
 from . import scenes as world
 from .baselines import structure_diffusion, with_scores
 from .core import ConfigError, check_scale, derive_seed, make_config
 from .diffusion import Backbone, Denoising
 from .phrases import RuleScorer
 from .realign_coarse import CaptionReward, CoarseConfig, CoarseItem
-from .realign_fine import Modulating, refine
+from .realign_fine import Modulating, Modulation, make_layout, refine
 from .regions import Region, SceneSegmenter, SceneTagger, find_regions
 from .scorers import load_captioner, load_clip, load_image_reward, load_matcher
 
@@ -145,3 +145,25 @@ def paint(
     if painter == "fine_s1": regions = with_scores(regions, 1.0)
     images, refined = refine(backbone, prompts, seeds, first, regions, how, config)
     return Painted(images, refined, regions, coverage)
+
+# %% ../nbs/46_realign_study.ipynb #2f990784
+def attention_maps(
+    backbone: Backbone,            # as it painted
+    prompts: list[str],            # one a picture
+    seeds: list[int],              # one a picture
+    regions: list[list[Region]],   # of each picture
+    how: Denoising,                # as it painted
+    config: Modulating = Modulating(),
+) -> np.ndarray:                   # float32 [batch, 2, token, height, width]: mean over the modulated steps, and over the others
+    "Mean share of cross-attention of each token."
+    layout, _ = make_layout(backbone.pipe.tokenizer, prompts, regions, backbone.shape[1:])
+    parts, modulated = [], sum(step < config.fraction * how.steps - 1e-9 for step in range(how.steps))
+    with Modulation(backbone, layout, how, config, record=True) as state, torch.no_grad():
+        def before(step, t, latents):
+            if step == modulated:
+                parts.append(state.maps)
+                state.total, state.count = 0.0, 0
+            state.before(step, t, latents)
+        backbone.denoise(backbone.noise(seeds), backbone.encode_prompts(prompts), how, seeds, before=before)
+        parts.append(state.maps)
+    return torch.stack(parts, 1).float().cpu().numpy()
