@@ -130,6 +130,10 @@ def _generate(args: argparse.Namespace) -> None:
     from focusdiff.policy import load_policy
     import dataclasses
     policy = load_policy(args.model)
+    for row, prompt in enumerate(prompts.values()):
+        where = (args.prompts, row) if args.cases is None else (args.cases, row // 2, f"caption{row % 2 + 1}")
+        try: policy.prompt_ids([prompt])
+        except DataError as e: raise DataError(e.message, *where) from e
     asked = {k: getattr(args, k) for k in ("guidance", "temperature", "top_k") if getattr(args, k) is not None}
     sampling = dataclasses.replace(policy.sampling, **asked)
     from focusdiff.judge import checkpoint_digest
@@ -173,11 +177,12 @@ judges: oracle and oracle-soft (scenes only), a zoo name, a checkpoint folder, a
 # %% ../nbs/53_cli.ipynb #95593d59
 def open_rgb(
     path: str | Path,  # an image file
+    *where: Any,       # list, row and field that name it
 ) -> Any:              # uint8 [height, width, 3]
     "Read one image."
     import numpy as np
     from focusdiff.pairs import open_image
-    return np.asarray(open_image(path))
+    return np.asarray(open_image(path, *where))
 
 def list_images(args: argparse.Namespace) -> list[tuple[str, Path, str]]:  # (name, file, prompt)
     if args.list:
@@ -211,7 +216,7 @@ def _judge(args: argparse.Namespace) -> None:
     with open(args.out, "w") if args.out else contextlib.nullcontext(sys.stdout) as f:
         for start in progress(range(0, len(rows), 64), "judge"):
             part = rows[start : start + 64]
-            scores += judge.score([open_rgb(path) for _, path, _ in part], [prompt for *_, prompt in part])
+            scores += judge.score([open_rgb(path, *((args.list, start + i, "file") if args.list else ())) for i, (_, path, _) in enumerate(part)], [prompt for *_, prompt in part])
             for (name, _, prompt), score in zip(part, scores[start:]):
                 print(json.dumps(dict(file=name, prompt=prompt, judge=judge.id, score=score)), file=f)
     report = _report(scores, judge.failures)

@@ -102,6 +102,7 @@ def read_pairs(
     path: str | Path,                # JSON array (official) or .jsonl
     root: str | Path | None = None,  # folder that image paths start from and must not leave; None: the file's own, and absolute paths are taken as they are
     decode: bool = False,            # also decode every image now, instead of when it is needed
+    official_half: bool = False,     # keep the first half only, as the official data set does
 ) -> list[PromptPair]:               # in file order
     "Read prompt pairs with their images (section 2.3)."
     pairs = []
@@ -111,7 +112,7 @@ def read_pairs(
         images = {name: read_image_field(record, name, path, row, root) for name in names}
         pairs.append(PromptPair(*prompts, **images, file=Path(path), row=row))
         if decode and images: load_images(pairs[-1])
-    return pairs
+    return pairs[: len(pairs) // 2] if official_half else pairs
 
 # %% ../nbs/10_pairs.ipynb #342bbe5d
 def write_pairs(

@@ -373,6 +373,7 @@ def generate(
     "Sample `n` images for every prompt."
     rows = [(p, derive_seed("generate", seed, p, i)) for p in prompts for i in range(n)]
     if not rows: raise DataError(f"nothing to generate: {len(prompts)} prompts, n = {n}")
+    self.prompt_ids(prompts)      # a prompt that does not fit is named before anything is drawn
     images = []
     for start in range(0, len(rows), batch):
         texts, seeds = map(list, zip(*rows[start : start + batch]))
