@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from focusdiff.core import check_scale
 from focusdiff.pipeline import code_version
+from focusdiff.realign_methods import coarse_stage, first_picture, study_plan
 
 # ---------------------------------------------------------------------------------------------------------------- what is run
 
@@ -27,7 +28,11 @@ RUNS = {
     "smoke": dict(methods=METHODS, seeds=[0], attribution=["pair_no_joint"], attribution_seeds=[0], benchmarks=SCENES),
 }
 
-SECONDS = {"61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+# RealignDiff: the three sets of prompts; the seed of the coarse stages is the paper's (section 4.1)
+ALIGNED = {"tiny": [], "small": [], "paper": [], "smoke": []}
+ALIGN_SEED = 42
+
+SECONDS = {"64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
 
 # What a report reads, if it is not everything: "pairs", "training", or the name of a benchmark. A report on a benchmark that a scale does not have is left out there.
 REPORT_READS = {
@@ -44,7 +49,7 @@ SCALE = check_scale(config.get("scale", "tiny"))
 RUN, OUT, PYTHON = RUNS[SCALE], f"out/{SCALE}", sys.executable
 SPEED = {"smoke": 0.3, "tiny": 1, "small": 10, "paper": 100}[SCALE]
 ZOO = [p for p in ["data/zoo/manifest.json"] if Path(p).exists() and SCALE != "paper"]
-AVAILABLE = {"pairs", "training", "reports", *RUN["benchmarks"]}
+AVAILABLE = {"pairs", "training", "reports", *RUN["benchmarks"], *(["align", "coarse"] if ALIGNED[SCALE] else [])}
 REPORTS = sorted(p.stem for p in Path("nbs/report").glob("[89]*.ipynb") if AVAILABLE.issuperset(REPORT_READS.get(p.stem, [])))
 
 TRAINED = [(v, s) for v in RUN["methods"] for s in RUN["seeds"]] + [(v, s) for v in RUN["attribution"] for s in RUN["attribution_seeds"]]
@@ -55,6 +60,10 @@ if FIRST == "paircomp-scenes": EVALUATED.append((FIRST, "render", 0))   # what t
 PAIRS = [f"{OUT}/pairs/pairs.json", f"{OUT}/pairs/funnel.parquet"]
 TRAINING = [f"{OUT}/train/{v}-{s}/run.json" for v, s in TRAINED]
 SCORES = {b: [f"{OUT}/scores/{b}/{v}-{s}.parquet" for c, v, s in EVALUATED if c == b] for b in RUN["benchmarks"]}
+PAINTED = study_plan(ALIGNED[SCALE]) if ALIGNED[SCALE] else []
+COARSE = sorted({coarse_stage(m) for _, m in PAINTED} - {None})
+ALIGN = [f"{OUT}/align/{s}/{m}-{ALIGN_SEED}.{ending}" for s, m in PAINTED for ending in ("parquet", "npz")]
+CURVES = [f"{OUT}/coarse/{c}-{ALIGN_SEED}/curve.csv" for c in COARSE]
 EXECUTED = f"{OUT}/notebooks/"
 
 def experiment(stem): return f"nbs/experiments/{stem}.ipynb"
@@ -71,14 +80,21 @@ def starts_from(wildcards):
 def judged(wildcards):
     return ZOO if wildcards.variant in ("base", "render") else [f"{OUT}/train/{wildcards.variant}-{wildcards.seed}/run.json"]
 
+def painted_from(wildcards):
+    "The tuned denoiser of a method, and the pictures that its fine stage looks at."
+    stage, first = coarse_stage(wildcards.method), first_picture(wildcards.method)
+    return ZOO + [f"{OUT}/coarse/{stage}-{ALIGN_SEED}/run.json"] * bool(stage) + [f"{OUT}/align/{wildcards.benchmark}/{first}-{ALIGN_SEED}.npz"] * bool(first)
+
 def report_reads(wildcards):
-    files = {"pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
+    files = {"align": ALIGN, "coarse": CURVES, "pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
     names = REPORT_READS.get(wildcards.stem, ["pairs", "training", *SCORES])
     return [f for name in names for f in files.get(name, [])] + sorted(map(str, Path("data/published").glob("*.csv")))
 
 wildcard_constraints:
     variant = "[a-z_]+",
     seed = r"\d+",
+    method = "[a-z0-9_]+",
+    stage = "[a-z_]+",
     benchmark = "[a-z0-9_-]+",
     stem = r"[89]\d_\w+",
 
@@ -122,6 +138,27 @@ rule evaluate:
     params: code=version("experiments", "63_evaluate")
     resources: seconds=int(SECONDS["63_evaluate"] * SPEED)
     shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed} -p benchmark {wildcards.benchmark}"
+
+rule train_coarse:
+    input: ZOO, notebook=experiment("64_train_coarse")
+    output:
+        run=f"{OUT}/coarse/{{stage}}-{ALIGN_SEED}/run.json",
+        curve=f"{OUT}/coarse/{{stage}}-{ALIGN_SEED}/curve.csv",
+        notebook=f"{EXECUTED}64_train_coarse-{{stage}}.ipynb"
+    params: code=version("experiments", "64_train_coarse")
+    resources: seconds=int(SECONDS["64_train_coarse"] * SPEED)
+    priority: 60
+    shell: EXECUTE + " -p variant {wildcards.stage} -p seed {ALIGN_SEED} && rm -rf {OUT}/coarse/{wildcards.stage}-{ALIGN_SEED}/state"
+
+rule paint:
+    input: painted_from, notebook=experiment("65_paint")
+    output:
+        scores=f"{OUT}/align/{{benchmark}}/{{method}}-{ALIGN_SEED}.parquet",
+        images=f"{OUT}/align/{{benchmark}}/{{method}}-{ALIGN_SEED}.npz",
+        notebook=f"{EXECUTED}65_paint-{{benchmark}}-{{method}}.ipynb"
+    params: code=version("experiments", "65_paint")
+    resources: seconds=int(SECONDS["65_paint"] * SPEED)
+    shell: EXECUTE + " -p variant {wildcards.method} -p seed {ALIGN_SEED} -p benchmark {wildcards.benchmark}"
 
 rule report:
     input: report_reads, notebook="nbs/report/{stem}.ipynb"
