@@ -71,26 +71,26 @@ def build_tiny_clip(
     pictures = CLIPImageProcessorPil(size={"shortest_edge": world.SIDE}, crop_size={"height": world.SIDE, "width": world.SIDE})
     return build_seeded(lambda: CLIPModel(config), seed).eval(), CLIPProcessor(pictures, words)
 
-# %% ../nbs/26_tiny_scorers.ipynb #11a954ee
+# %% ../nbs/26_tiny_scorers.ipynb #cf830af6
 def _blip2_parts(width: int, layers: int, vocabulary: int | None) -> dict:   # vision and Q-Former configurations; a vocabulary lets the Q-Former read text
     from transformers import Blip2QFormerConfig, Blip2VisionConfig
     vision = Blip2VisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, image_size=world.SIDE, patch_size=world.CELL, initializer_range=0.06)
     text = dict(vocab_size=vocabulary or 1, max_position_embeddings=96 if vocabulary else 1, use_qformer_text_input=bool(vocabulary))
     qformer = Blip2QFormerConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32, initializer_range=0.06, cross_attention_frequency=2,
                                  encoder_hidden_size=96, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **text)
-    return dict(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=20)
+    return dict(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=16)
 
 def _blip2_processor(tokenizer: Any) -> Any:   # `Blip2Processor`; adds `<image>` to the tokenizer
     from transformers import Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-    return Blip2Processor(BlipImageProcessorPil(size={"height": world.SIDE, "width": world.SIDE}), tokenizer, num_query_tokens=20)
+    return Blip2Processor(BlipImageProcessorPil(size={"height": world.SIDE, "width": world.SIDE}), tokenizer, num_query_tokens=16)
 
 def _spread_queries(model: Any) -> Any:   # the same model, its queries told apart
     import torch
     with torch.no_grad(): model.query_tokens.normal_()
     return model.eval()
 
-# %% ../nbs/26_tiny_scorers.ipynb #8c5a7803
+# %% ../nbs/26_tiny_scorers.ipynb #df072449
 def build_tiny_blip2(
     seed: int = 0,      # of the random weights
     width: int = 128,   # of Q-Former and language model
@@ -101,7 +101,7 @@ def build_tiny_blip2(
     processor = _blip2_processor(build_opt_tokenizer())
     words = processor.tokenizer
     stop = words.convert_tokens_to_ids(STOP)
-    text = OPTConfig(vocab_size=len(words), hidden_size=width, ffn_dim=3 * width, num_hidden_layers=layers, num_attention_heads=width // 32, max_position_embeddings=128, word_embed_proj_dim=width, dropout=0.0,
+    text = OPTConfig(vocab_size=len(words), hidden_size=width, ffn_dim=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32, max_position_embeddings=128, word_embed_proj_dim=width, dropout=0.0,
                      init_std=0.06, pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id, eos_token_id=stop)
     config = Blip2Config(text_config=text.to_dict(), image_token_index=words.convert_tokens_to_ids("<image>"), **_blip2_parts(width, 2, None))
     model = build_seeded(lambda: _spread_queries(Blip2ForConditionalGeneration(config)), seed)
