@@ -15,12 +15,13 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/31_realign_coarse.ipynb #6e63892c
+# %% ../nbs/31_realign_coarse.ipynb #f9ed6f0e
 from .core import ConfigError, DataError, FocusDiffError, derive_seed
 from .diffusion import Backbone, Condition, Denoising, to_images
+from .grpo import group_advantages
 from .training import StepModule
 
-# %% ../nbs/31_realign_coarse.ipynb #d37d86e0
+# %% ../nbs/31_realign_coarse.ipynb #b757c31d
 @runtime_checkable
 class Captioner(Protocol):
     "An image captioner whose probabilities can be differentiated."
@@ -38,6 +39,18 @@ class CaptionReward:
     "$R_{cap}$: how much a caption of the picture resembles the prompt."
     captioner: Captioner     # says what a picture shows
     similarity: Similarity   # compares that with the prompt
+    failed: int = 0          # captions so far in which nothing was said
+
+    def compare(
+        self,
+        captions: list[str],   # what was said
+        prompts: list[str],    # what it should resemble
+    ) -> Float[Tensor, " batch"]:
+        "Cosines; NaN for a blank caption: that is a failure of the captioner and no score."
+        said, out = [i for i, c in enumerate(captions) if c.strip()], torch.full((len(captions),), math.nan)
+        self.failed += len(captions) - len(said)
+        if said: out[said] = self.similarity([captions[i] for i in said], [prompts[i] for i in said]).float().cpu()
+        return out
 
     def score(
         self,
@@ -45,9 +58,9 @@ class CaptionReward:
         prompts: list[str],    # that they were painted for
     ) -> Float[Tensor, " batch"]:
         "Eq. 4 with the greedy caption; for logs, ranking and policy gradients. It has no gradient."
-        with torch.no_grad(): return self.similarity([c for c, in self.captioner.captions(pixels, 0, 0)], prompts)
+        with torch.no_grad(): return self.compare([c for c, in self.captioner.captions(pixels, 0, 0)], prompts)
 
-# %% ../nbs/31_realign_coarse.ipynb #91e47a45
+# %% ../nbs/31_realign_coarse.ipynb #3870303b
 def hinge(
     rewards: Float[Tensor, "*batch"],   # R
     margin: float,   # 1 for cosines, 0 for log-likelihoods: then it never clips
@@ -75,10 +88,11 @@ def score_function_loss(
     if k < 2: raise ConfigError(f"the score function compares captions of one picture: it needs at least 2, got {k}")
     drawn = reward.captioner.captions(pixels.detach(), k, seed)
     flat, own = [c for row in drawn for c in row], [p for p in prompts for _ in range(k)]
-    r = -hinge(reward.similarity(flat, own), 1.0).reshape(-1, k).to(pixels.device)
-    advantages = (r - r.mean(1, keepdim=True)) * k / (k - 1)                                  # R(c_k) minus the mean of the others
+    r = -hinge(reward.compare(flat, own), 1.0).reshape(-1, k)
+    n = r.isfinite().sum(1, keepdim=True)
+    advantages = ((r - r.nanmean(1, keepdim=True)) * n / (n - 1)).where(r.isfinite() & (n > 1), 0.0)   # R(c_k) minus the mean of the others
     logp, _ = reward.captioner.log_likelihood(pixels.repeat_interleave(k, 0), flat)
-    return -(advantages.detach() * logp.reshape(-1, k)).mean()
+    return -(advantages.to(logp) * logp.reshape(-1, k)).mean()
 
 # %% ../nbs/31_realign_coarse.ipynb #1f960604
 @dataclass
@@ -119,30 +133,21 @@ def roll_chain(
     latents.append(backbone.denoise(backbone.noise(seeds), condition, how, seeds, before=keep))
     return Chain(condition, times, latents)
 
-# %% ../nbs/31_realign_coarse.ipynb #cac89291
+# %% ../nbs/31_realign_coarse.ipynb #001b0317
 def chain_loss(
     backbone: Backbone,   # the policy
     chain: Chain,         # from `roll_chain`
     how: Denoising,       # of the chain
-    rewards: Float[Tensor, " batch"],   # of the final pictures
+    rewards: Float[Tensor, " batch"],   # of the final pictures; NaN where there is none
     group: Int[Tensor, " batch"],       # pictures of one prompt share a number
-    old: list[Tensor | None] | None = None,   # log-probabilities at the time of sampling; None: now
-    clip: float = 1e-4,                 # of the ratio
-) -> Float[Tensor, ""]:
-    "E: clipped policy gradient over all steps, advantages standardised per prompt."
-    means = torch.stack([rewards[group == g].mean() for g in group])
-    stds = torch.stack([rewards[group == g].std(correction=0) for g in group])
-    advantages = ((rewards - means) / (stds + 1e-6)).clamp(-5, 5)
+) -> Float[Tensor, ""]:   # its gradient counts, its value does not
+    "E: policy gradient over all steps that draw noise, advantages standardised per prompt."
+    advantages = group_advantages(rewards, rewards.isfinite(), group)[0].clamp(-5, 5)
     scheduler, blank = backbone.scheduler(how), backbone.blank(len(chain.condition)) if how.guidance > 1 else None
-    losses = []
-    for i in range(len(chain.timesteps)):
-        logp = step_logp(backbone, scheduler, how, chain, i, blank)
-        if logp is None: continue
-        ratio = (logp - (logp.detach() if old is None else old[i])).exp()
-        losses.append(-torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean())
-    return torch.stack(losses).mean()
+    logps = [step_logp(backbone, scheduler, how, chain, i, blank) for i in range(len(chain.timesteps))]
+    return torch.stack([-(advantages.to(x) * x).mean() for x in logps if x is not None]).mean()
 
-# %% ../nbs/31_realign_coarse.ipynb #219d67b0
+# %% ../nbs/31_realign_coarse.ipynb #26eb6443
 ESTIMATORS = ("likelihood", "score_function", "policy_gradient", "best_of", "image_text")
 
 @dataclass
@@ -152,11 +157,12 @@ class CoarseConfig:
     steps: int = 50                # T (section 4.1)
     first: int = 30                # earliest step with gradient; drawn evenly from here to T - 1 ("t >= 30")
     scheduler: str = "ddpm"        # of the roll-out; a flow takes "own"
-    guidance: float = 1.0          # of the roll-out: none, as in reward feedback learning
+    guidance: float = 1.0          # of roll-out and gradient step: none, as in reward feedback learning; CoMat keeps that of sampling
     reward_weight: float = 1e-3    # lambda (section 4.1)
     captions: int = 4              # K of the score function
     group: int = 4                 # pictures a prompt, of policy gradient and best-of
     regulariser: str = "images"    # "images": denoising error on given pictures; "reference": stay near the start; "none"
+    alternate: bool = False        # reward and regulariser in turns, an optimizer step each (ImageReward's algorithm); else their sum (Eq. 5)
     lora_rank: int = 0             # 0 tunes the whole denoiser
     lr: float = 1e-5               # AdamW, constant (section 4.1)
     weight_decay: float = 1e-2     # of AdamW
@@ -170,6 +176,7 @@ class CoarseConfig:
                               "Choose score_function (the same reward of a sampled caption), likelihood (cheaper), or policy_gradient (any reward of the final picture)")
         if self.estimator not in ESTIMATORS: raise ConfigError(f"unknown estimator {self.estimator!r}: choose one of {', '.join(ESTIMATORS)}")
         if self.regulariser not in ("images", "reference", "none"): raise ConfigError(f'unknown regulariser {self.regulariser!r}: choose "images", "reference" or "none"')
+        if self.alternate and self.regulariser == "none": raise ConfigError('alternate needs a regulariser to alternate with: choose "images" or "reference"')
         if not 0 <= self.first < self.steps: raise ConfigError(f"first is {self.first}: a step from 0 to {self.steps - 1}")
 
     @property
@@ -179,7 +186,7 @@ class CoarseConfig:
 
 PRESETS = {"paper": {}, "practical": dict(estimator="likelihood", lora_rank=32, lr=1e-4, regulariser="reference")}
 
-# %% ../nbs/31_realign_coarse.ipynb #f96b48ef
+# %% ../nbs/31_realign_coarse.ipynb #ba2040bd
 def late_pixels(
     backbone: Backbone,      # tuned
     prompts: list[str],      # one a picture
@@ -193,10 +200,10 @@ def late_pixels(
     if abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6: raise ConfigError(f'{type(scheduler).__name__} scales its latents, so x0\' has another formula: set scheduler="ddpm" or "ddim"')
     t = scheduler.timesteps[step]
     latents = backbone.denoise(backbone.noise(seeds), condition, config.how, seeds, stop=step)
-    clean = backbone.predict_clean(latents, t, condition)
+    clean = backbone.predict_clean(latents, t, condition, config.guidance)
     return backbone.decode(clean).clamp(-1, 1), clean, step
 
-# %% ../nbs/31_realign_coarse.ipynb #6abeb411
+# %% ../nbs/31_realign_coarse.ipynb #ce79db5d
 @dataclass
 class CoarseItem:
     "One training example."
@@ -215,9 +222,11 @@ def best_images(
     images = backbone.generate(prompts, n, seed, how)
     pixels = torch.from_numpy(images.reshape(-1, *images.shape[2:])).permute(0, 3, 1, 2).to(backbone.device, backbone.dtype) / 127.5 - 1
     scores = reward.score(pixels, [p for p in prompts for _ in range(n)]).reshape(len(prompts), n)
+    if (lost := (~scores.isfinite()).all(1)).any(): raise DataError(f"none of {n} pictures got a caption, so none is the best", row=int(lost.nonzero()[0, 0]))
+    scores = scores.where(scores.isfinite(), -math.inf)
     return images[np.arange(len(prompts)), scores.argmax(1).cpu().numpy()]
 
-# %% ../nbs/31_realign_coarse.ipynb #b737f997
+# %% ../nbs/31_realign_coarse.ipynb #36919a7c
 class RealignCoarse(StepModule):
     "Reward feedback learning of a diffusion backbone."
     def __init__(
@@ -243,11 +252,12 @@ class RealignCoarse(StepModule):
     def training_step(self, batch: list[CoarseItem], batch_idx: int) -> Tensor:
         c, prompts = self.config, [item.prompt for item in batch]
         draw = derive_seed("coarse", c.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-        seeds = [derive_seed(draw, i) for i in range(len(prompts))]
-        loss, clean = self.reward_loss(prompts, seeds, draw)
-        regular = self.regular_loss(batch, clean, draw)
-        self.record(reward_loss=loss.item(), regular_loss=regular.item())
-        return c.reward_weight * loss + regular
+        seeds, failed, nothing = [derive_seed(draw, i) for i in range(len(prompts))], getattr(self.reward, "failed", 0), torch.tensor(math.nan)
+        turn = self.global_step % 2 if c.alternate else None   # the regulariser first, as ImageReward
+        loss, clean = (nothing, None) if turn == 0 else self.reward_loss(prompts, seeds, draw)
+        regular = nothing if turn == 1 else self.regular_loss(batch, clean, draw)
+        self.record(reward_loss=loss.item(), regular_loss=regular.item(), failed_captions_count=getattr(self.reward, "failed", 0) - failed)
+        return {0: regular, 1: c.reward_weight * loss, None: c.reward_weight * loss + regular}[turn]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         n = self.global_step
@@ -256,7 +266,7 @@ class RealignCoarse(StepModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None: checkpoint["average"] = self.average
     def on_load_checkpoint(self, checkpoint: dict) -> None: self.average = checkpoint["average"]
 
-# %% ../nbs/31_realign_coarse.ipynb #06390373
+# %% ../nbs/31_realign_coarse.ipynb #b0c35a07
 @patch
 def reward_loss(self: RealignCoarse, prompts: list[str], seeds: list[int], draw: int) -> tuple[Tensor, Tensor | None]:
     "The reward term by the chosen estimator, and x0' where there is one."
@@ -288,6 +298,7 @@ def regular_loss(self: RealignCoarse, batch: list[CoarseItem], clean: Tensor | N
     c, b, prompts = self.config, self.backbone, [item.prompt for item in batch]
     if c.regulariser == "none": return torch.zeros((), device=b.device)
     if c.regulariser == "images":
+        if len(shapes := {item.image.shape for item in batch if item.image is not None}) > 1: raise DataError(f"a batch needs pictures of one size, got {', '.join(map(str, sorted(shapes)))}", field="image")
         if any(item.image is None for item in batch): raise DataError('the regulariser "images" needs a picture in every item: paint them with the untouched backbone, or choose "reference"', field="image")
         return _denoising_term(b, b.encode_images(np.stack([item.image for item in batch])), prompts, draw)
     x0 = b.noise([derive_seed("x0", draw, i) for i in range(len(batch))]) if clean is None else clean.detach()

@@ -138,7 +138,7 @@ def layer_terms(
     inside = (segment[:, :, None] == owner[:, None, :]) & (segment[:, :, None] > 0)
     return inside[:, None], strength[:, None, :, None]
 
-# %% ../nbs/33_realign_fine.ipynb #d6db7e74
+# %% ../nbs/33_realign_fine.ipynb #a2a717a0
 class Modulation:
     "Modulated attention for a batch; a context manager that installs it in a backbone and takes it out again."
     def __init__(
@@ -168,12 +168,18 @@ class Modulation:
         self,
         cells: int,      # queries of the layer
         cross: bool,     # keys are tokens
-    ) -> tuple[Tensor, Tensor]:   # R and c
-        "Membership and strength for a layer at the present step."
-        if (cells, cross) not in self.known: self.known[cells, cross] = layer_terms(self.layout, cells, cross)
-        inside, strength = self.known[cells, cross]
+    ) -> tuple[Int[Tensor, "batch row"], Bool[Tensor, "batch 1 row key"], Float[Tensor, "batch 1 row 1"]]:
+        "The pixels of a layer that change, as many rows as the fullest picture needs, and their R and c at the present step."
+        if (cells, cross) not in self.known:
+            inside, strength = layer_terms(self.layout, cells, cross)
+            covered = strength[:, 0, :, 0] > 0
+            most = cells if self.record and cross else int(covered.sum(1).max())
+            rows = covered.int().argsort(dim=1, descending=True, stable=True)[:, :most]              # a picture's covered pixels first; the others have c = 0
+            at = rows[:, None, :, None]
+            self.known[cells, cross] = rows, inside.gather(2, at.expand(-1, 1, -1, inside.shape[3])), strength.gather(2, at)
+        rows, inside, strength = self.known[cells, cross]
         strength = strength * self.weights["cross" if cross else "self"]
-        return inside, strength.clamp(max=1) if self.config.clamp_strength else strength
+        return rows, inside, strength.clamp(max=1) if self.config.clamp_strength else strength
 
     def __enter__(self) -> "Modulation":
         unet = self.backbone.denoiser
@@ -211,7 +217,7 @@ def conditional_rows(
     if rows not in (pictures, 2 * pictures): raise DataError(f"the layout has {pictures} pictures, the batch {rows} rows: expected {pictures}, or {2 * pictures} with guidance")
     return rows - pictures
 
-# %% ../nbs/33_realign_fine.ipynb #a89b2cca
+# %% ../nbs/33_realign_fine.ipynb #03348326
 class ModulatedAttention:
     "An attention processor of diffusers that modulates the conditional half."
     def __init__(
@@ -231,26 +237,27 @@ class ModulatedAttention:
         return layer_output(attn, torch.cat([out[:first], changed]))
 
 def _modulated(state: Modulation, q: Tensor, k: Tensor, v: Tensor, plain: Tensor, cross: bool, record: bool) -> Tensor:  # [batch, head, query, channel]
-    inside, strength = state.terms(q.shape[2], cross)
-    rows = torch.arange(q.shape[2], device=q.device) if record else (strength > 0).any(0).flatten().nonzero()[:, 0]   # pixels that some picture changes
-    inside, strength = inside[:, :, rows], strength[:, :, rows]
-    scores = ((q[:, :, rows] * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).float()
+    rows, inside, strength = state.terms(q.shape[2], cross)
+    at = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    scores = ((q.gather(2, at) * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).float()
     new = modulate(scores, inside, strength)
     if cross and state.config.protect_marks: new = torch.where((state.layout.tokens == -1)[:, None, None], scores, new)
     shares = new.softmax(-1)
-    if record: state.collect(shares)
-    return plain.index_copy(2, rows, torch.where(strength > 0, shares.to(v.dtype) @ v, plain[:, :, rows]))
+    if record: state.collect(shares, rows)
+    return plain.scatter(2, at, torch.where(strength > 0, shares.to(v.dtype) @ v, plain.gather(2, at)))
 
-# %% ../nbs/33_realign_fine.ipynb #502f3bd5
+# %% ../nbs/33_realign_fine.ipynb #77566eee
 @patch
 def collect(
     self: Modulation,
-    shares: Float[Tensor, "batch head query token"],   # of one cross-attention layer
+    shares: Float[Tensor, "batch head query token"],   # of one cross-attention layer, all its pixels
+    rows: Int[Tensor, "batch query"],                  # in this order
 ) -> None:
     "Add a layer to the mean."
     height, width = self.layout.segment.shape[1:]
     h = round((shares.shape[2] * height / width) ** 0.5)
-    grid = shares.mean(1).transpose(1, 2).unflatten(2, (h, -1))
+    mean = shares.mean(1)
+    grid = torch.empty_like(mean).scatter(1, rows[:, :, None].expand_as(mean), mean).transpose(1, 2).unflatten(2, (h, -1))
     self.total, self.count = self.total + F.interpolate(grid, (height, width), mode="bilinear"), self.count + 1
 
 @patch(as_prop=True)
