@@ -35,7 +35,7 @@ def tiny_vae(
     return AutoencoderKL(block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n, layers_per_block=1, norm_num_groups=8,
                          latent_channels=channels, sample_size=side, scaling_factor=1.0, shift_factor=shift, use_quant_conv=shift is None, use_post_quant_conv=shift is None)
 
-# %% ../nbs/29_tiny_diffusion.ipynb #95048121
+# %% ../nbs/29_tiny_diffusion.ipynb #e63988f9
 def tiny_scheduler(
     prediction: Literal["epsilon", "v_prediction"] = "epsilon",  # what the denoiser predicts
 ) -> Any:                                                        # `DDIMScheduler`
@@ -52,13 +52,15 @@ def tiny_unet(
     channels: int = 4,                   # of the latent
     widths: tuple[int, ...] = (16, 32),  # per resolution
     layers: int = 1,                     # ResNet and transformer blocks per resolution
+    attention: tuple[bool, ...] | None = None,  # the resolutions with attention; None: all of them
     **extra: Any,                        # more of `UNet2DConditionModel`'s config
 ) -> Any:                                # `UNet2DConditionModel`
-    "An untrained UNet with cross-attention at every resolution."
+    "An untrained UNet."
     from diffusers import UNet2DConditionModel
-    n = len(widths)
+    attends = attention or (True,) * len(widths)
+    blocks = lambda way, order: tuple(f"{'CrossAttn' * a}{way}Block2D" for a in order)
     return UNet2DConditionModel(sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=widths, layers_per_block=layers, norm_num_groups=8, cross_attention_dim=text,
-                                down_block_types=("CrossAttnDownBlock2D",) * n, up_block_types=("CrossAttnUpBlock2D",) * n, attention_head_dim=2, **extra)
+                                down_block_types=blocks("Down", attends), up_block_types=blocks("Up", attends[::-1]), attention_head_dim=2, **extra)
 
 # %% ../nbs/29_tiny_diffusion.ipynb #a773cc89
 def build_tiny_sd(

@@ -159,7 +159,7 @@ def make_trainer(
         logger=MetricsFile(run_dir/"metrics.csv"), callbacks=[StepSeed(seed), FiniteLoss(run_dir), TimeLeft(desc), *callbacks, saver],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=True)
 
-# %% ../nbs/03_training.ipynb #c598b6dd
+# %% ../nbs/03_training.ipynb #ca853039
 def checkpoint_to_resume(
     run_dir: str | Path,           # folder of the run
     settings: dict | None = None,  # JSON-able: every setting and the hashes of every input
@@ -171,8 +171,11 @@ def checkpoint_to_resume(
     same = lambda: note.exists() and note.read_text() == text
     while follow and not same(): time.sleep(0.1)                # the deciding process is still at it
     if not same():
-        if last.exists(): print("settings or inputs have changed since the last checkpoint: starting afresh")
-        shutil.rmtree(last) if last.is_dir() else last.unlink(missing_ok=True)      # first, so that a kill between the two cannot marry old weights to new settings
+        if last.exists():
+            kept = last.with_name("replaced.ckpt")
+            print(f"settings or inputs have changed since the last checkpoint: starting afresh; the old one is now {kept}")
+            shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)
+            last.rename(kept)      # before the settings, so that a kill between the two cannot marry old weights to new settings
         write_atomic(note, text)
     if not last.exists(): return None
     if last.is_file() and not zipfile.is_zipfile(last): raise DataError("not a whole checkpoint: delete it to start afresh", file=last)

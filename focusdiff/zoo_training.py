@@ -10,9 +10,8 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-# %% ../nbs/56_zoo_training.ipynb #9aa85fbe
+# %% ../nbs/56_zoo_training.ipynb #61d11466
 from .core import derive_seed, repo_root
-from .judge import parameter_digest
 from .pipeline import code_version
 from .training import StepModule, fit, make_trainer
 
@@ -69,7 +68,7 @@ class Learner(StepModule):
         optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warm_cosine(s, self.steps)), "interval": "step"}}
 
-# %% ../nbs/56_zoo_training.ipynb #05385b37
+# %% ../nbs/56_zoo_training.ipynb #49565de2
 def recipe_version(
     notebook: str | Path,  # relative to the repository
 ) -> str:                  # changes with its code cells and with the library code they import
@@ -92,7 +91,7 @@ def train_part(
 ) -> None:
     "Train one part, or finish it, or leave it as it is."
     run_dir = Path(run_dir)
-    settings = dict(part=run_dir.name, seed=seed, steps=steps, peak=peak, precision=precision, recipe=recipe, start=parameter_digest(net))
+    settings = dict(part=run_dir.name, seed=seed, steps=steps, peak=peak, precision=precision, recipe=recipe)
     trainer = make_trainer(run_dir, steps, seed, precision=precision, save_every=max(1, steps // 20), desc=f"zoo {run_dir.name}")
     fit(trainer, Learner(net.train(), loss, steps, peak), SeededBatches(run_dir.name, make, steps, seed), settings)
     torch.save(net.state_dict(), run_dir / "weights.pt")
