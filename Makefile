@@ -42,8 +42,9 @@ check: $(STAMP)  ## the house-rule checks alone
 zoo: $(STAMP)  ## train the tiny checkpoints of data/zoo again, from nothing
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/60_train_zoo.ipynb out/zoo/notebooks/60_train_zoo.ipynb --threads $(CORES)
 
-bench: $(STAMP)  ## images/s of our roll-out against the generate of transformers
+bench: $(STAMP)  ## images/s of our roll-out against the generate of transformers; what attention modulation costs
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/69_bench.ipynb out/bench/notebooks/69_bench.ipynb --threads $(CORES) --show
+	@$(PY) -m focusdiff.pipeline run nbs/experiments/68_bench_diffusion.ipynb out/bench/notebooks/68_bench_diffusion.ipynb --threads $(CORES) --show
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs
