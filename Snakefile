@@ -34,14 +34,17 @@ ALIGN_SEED = 42
 
 SECONDS = {"64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
 
-# What a report reads, if it is not everything: "pairs", "training", or the name of a benchmark. A report on a benchmark that a scale does not have is left out there.
+# What a report reads, if it is not everything of its paper: "pairs", "training", "align", "coarse", or the name of a benchmark. A report on what a scale does not have is left out there.
+# RealignDiff's reports (r01 and on) read "align", the pictures and scores on its three sets.
 REPORT_READS = {
     "99_index": ["reports"],
     "83_fig3_pairs": ["pairs"],
     "86_fig6_counterfactual": ["counterfactual-scenes"],
     "94_judge_calibration": ["paircomp-scenes"],
     "88_fig8_funnel": ["pairs"],
+    "r13_learning_curve": ["coarse"],
 }
+def report_needs(stem, default): return REPORT_READS.get(stem, ["align"] if stem[0] == "r" else default)
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
@@ -50,7 +53,7 @@ RUN, OUT, PYTHON = RUNS[SCALE], f"out/{SCALE}", sys.executable
 SPEED = {"smoke": 0.3, "tiny": 1, "small": 10, "paper": 100}[SCALE]
 ZOO = [p for p in ["data/zoo/manifest.json"] if Path(p).exists() and SCALE != "paper"]
 AVAILABLE = {"pairs", "training", "reports", *RUN["benchmarks"], *(["align", "coarse"] if ALIGNED[SCALE] else [])}
-REPORTS = sorted(p.stem for p in Path("nbs/report").glob("[89]*.ipynb") if AVAILABLE.issuperset(REPORT_READS.get(p.stem, [])))
+REPORTS = sorted(p.stem for p in Path("nbs/report").glob("*.ipynb") if AVAILABLE.issuperset(report_needs(p.stem, [])))
 
 TRAINED = [(v, s) for v in RUN["methods"] for s in RUN["seeds"]] + [(v, s) for v in RUN["attribution"] for s in RUN["attribution_seeds"]]
 FIRST = RUN["benchmarks"][0]
@@ -87,7 +90,7 @@ def painted_from(wildcards):
 
 def report_reads(wildcards):
     files = {"align": ALIGN, "coarse": CURVES, "pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
-    names = REPORT_READS.get(wildcards.stem, ["pairs", "training", *SCORES])
+    names = report_needs(wildcards.stem, ["pairs", "training", *SCORES])
     return [f for name in names for f in files.get(name, [])] + sorted(map(str, Path("data/published").glob("*.csv")))
 
 wildcard_constraints:
@@ -96,7 +99,7 @@ wildcard_constraints:
     method = "[a-z0-9_]+",
     stage = "[a-z_]+",
     benchmark = "[a-z0-9_-]+",
-    stem = r"[89]\d_\w+",
+    stem = "|".join(REPORTS),
 
 # The command that runs one notebook; {resources.seconds} is only a guess for the time left.
 EXECUTE = "{PYTHON} -m focusdiff.pipeline run {input.notebook} {output.notebook} --seconds {resources.seconds} --threads {threads} -p scale {SCALE}"

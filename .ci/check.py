@@ -14,7 +14,7 @@ MAX_CELL_LINES, MAX_OUTPUT_KB, MAX_NOTEBOOK_KB, MAX_PARAMETERS, MAX_IMPORT_SECON
 # ------------------------------------------------------------------------------------------------ reading
 
 def library(root): return sorted((root / "nbs").glob("[0-5][0-9]_*.ipynb"))
-def numbered(root): return sorted((root / "nbs").glob("*/[6-9][0-9]_*.ipynb"))
+def numbered(root): return sorted(p for folder in ("experiments", "report") for p in (root / "nbs" / folder).glob("*.ipynb"))
 def notebooks(root): return [*library(root), *sorted((root / "nbs").glob("index.ipynb")), *numbered(root)]
 
 def executed(root):
@@ -182,7 +182,7 @@ def _top_imports(path):
 def torch_in_report(root):
     "Report notebooks, and the modules they use, import no torch: a table takes seconds."
     heavy = {"torch", "transformers", "diffusers", "lightning"}
-    for path in [p for p in numbered(root) if p.stem[0] in "89"]:
+    for path in [p for p in numbered(root) if p.parent.name == "report"]:
         trees = [ast.parse(plain(c["source"])) for c in code_cells(path)]
         direct = [m for t in trees for m, _ in imports(t)]
         todo, seen = {m for t in trees for m in ours(t)}, {}
@@ -257,7 +257,7 @@ def _breaks():
         oversized_output: [("61 KB", core("1", outputs=printed("x" * 62_000))), ("260 KB in all", core("1", outputs=[o for _ in range(5) for o in printed("x" * 53_000)]))],
         stored_output: [("a report with outputs", report("scale = 'tiny'", outputs=printed("1")))],
         import_direction: [("downwards", core("#| export\nfrom focusdiff.more import two")), ("nowhere", report("scale = 'tiny'", "from focusdiff.gone import x"))],
-        torch_in_report: [("itself", report("scale = 'tiny'", "import torch")), ("through a module of a module", edit("focusdiff/core.py", "def one", "import torch\ndef one"))],
+        torch_in_report: [("itself", report("scale = 'tiny'", "import torch")), ("a report of another paper", lambda r: write_notebook(r / "nbs/report/r01_table.ipynb", "scale = 'tiny'", "import torch", tags=["parameters"])), ("through a module of a module", edit("focusdiff/core.py", "def one", "import torch\ndef one"))],
         slow_import: [("a slow start", add("focusdiff/__init__.py", "import time; time.sleep(.6)")), ("a broken one", add("focusdiff/__init__.py", "1/0"))],
     }
 

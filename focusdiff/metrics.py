@@ -29,7 +29,7 @@ def case_means(
     "The two means of the images of each case."
     with np.errstate(divide="ignore"): return scores.mean(1), np.exp(np.log(scores).mean(1))
 
-# %% ../nbs/40_metrics.ipynb #0c5b1707
+# %% ../nbs/40_metrics.ipynb #d61982a8
 RUN_KEYS = ("benchmark", "model", "variant", "train_seed", "judge")
 
 def run_keys(
@@ -43,13 +43,14 @@ def _where(key, names) -> str:  # "variant sft, judge oracle, case 12"
 
 def check_scores(
     frame: pd.DataFrame,  # needs `case`, `prompt_idx`, `image_idx`, `target`, `score`
+    shares: bool = True,  # scores must lie in [0, 1], as the metrics of this page need; False: any finite number, such as a cosine
 ) -> pd.DataFrame:        # the same frame
-    "Raise a `DataError` that names the case for a missing column, a score outside [0, 1] or a score that is there twice."
+    "Raise a `DataError` that names the case for a missing column, a score that is there twice, an infinite one or one outside [0, 1]."
     needed = ["case", "prompt_idx", "image_idx", "target", "score"]
     missing = [c for c in needed if c not in frame]
     if missing: raise DataError(f"scores need {', '.join(needed)}; missing: {', '.join(missing)}", field=missing[0])
-    bad = frame[~(frame.score.isna() | frame.score.between(0, 1))]
-    if len(bad): raise DataError(f"score {bad.score.iloc[0]} of case {bad.case.iloc[0]} is outside [0, 1]", field="score")
+    bad = frame[~(frame.score.isna() | (frame.score.between(0, 1) if shares else np.isfinite(frame.score)))]
+    if len(bad): raise DataError(f"score {bad.score.iloc[0]} of case {bad.case.iloc[0]} is {'outside [0, 1]' if shares else 'not finite'}", field="score")
     names = [*run_keys(frame), "case", "prompt_idx", "image_idx", "target"]
     twice = frame[frame.duplicated(names)]
     if len(twice): raise DataError(f"{_where(tuple(twice[names].iloc[0]), names)}: scored twice", field="score")

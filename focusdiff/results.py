@@ -15,7 +15,7 @@ import pandas as pd
 from .core import ConfigError, DataError, Run, repo_root, write_atomic
 from .metrics import CATEGORIES, case_scores, check_scores
 
-# %% ../nbs/42_results.ipynb #8cc089a3
+# %% ../nbs/42_results.ipynb #f283178e
 COLUMNS = {
     "benchmark": "str", "model": "str", "variant": "str", "train_seed": "int64",
     "case": "int64", "category": "str", "prompt_idx": "int64", "image_idx": "int64",
@@ -37,7 +37,7 @@ class Scores:
         self.frame = self.frame[list(COLUMNS)].astype({**text, **numbers}).reset_index(drop=True)
         odd = sorted(set(self.frame.target) - set(TARGETS))
         if odd: raise DataError(f"target {odd[0]!r}: expected {' or '.join(TARGETS)}", field="target")
-        check_scores(self.frame)
+        check_scores(self.frame, shares=False)   # a cosine may be negative; what needs shares asks for them
 
     def __len__(self): return len(self.frame)
 
@@ -73,7 +73,7 @@ def load_scores(
 
 Scores.save, Scores.load = save_scores, staticmethod(load_scores)
 
-# %% ../nbs/42_results.ipynb #770068fb
+# %% ../nbs/42_results.ipynb #3b0c00c7
 @lru_cache
 def _published(paper: str) -> pd.DataFrame:
     folder = repo_root() / "data" / "published"
@@ -84,7 +84,7 @@ def _published(paper: str) -> pd.DataFrame:
     return frame.assign(value=frame.value.where(frame.value != "").astype(float))
 
 def published(
-    paper: str,                # "focusdiff"
+    paper: str,                # "focusdiff", "realigndiff"
     table: str | None = None,  # "table1", "table2", "leaderboard", ...; None: everything
 ) -> pd.DataFrame:             # paper, table, row, column, value, source, note, in the order of print
     "Numbers printed in a paper; NaN with a note where it prints none."
