@@ -159,7 +159,7 @@ def make_trainer(
         logger=MetricsFile(run_dir/"metrics.csv"), callbacks=[StepSeed(seed), FiniteLoss(run_dir), TimeLeft(desc), *callbacks, saver],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=True)
 
-# %% ../nbs/03_training.ipynb #ca853039
+# %% ../nbs/03_training.ipynb #a50b567d
 def checkpoint_to_resume(
     run_dir: str | Path,           # folder of the run
     settings: dict | None = None,  # JSON-able: every setting and the hashes of every input
@@ -173,7 +173,7 @@ def checkpoint_to_resume(
     if not same():
         if last.exists():
             kept = last.with_name("replaced.ckpt")
-            print(f"settings or inputs have changed since the last checkpoint: starting afresh; the old one is now {kept}")
+            print(f"settings or inputs have changed since the last checkpoint: starting afresh; the old one is now {kept.name}")
             shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)
             last.rename(kept)      # before the settings, so that a kill between the two cannot marry old weights to new settings
         write_atomic(note, text)
