@@ -9,18 +9,19 @@ from typing import Any, Literal
 from .core import ConfigError
 from .tiny_scorers import CONTEXT, build_clip_tokenizer, build_seeded
 
-# %% ../nbs/29_tiny_diffusion.ipynb #3b3b88e9
+# %% ../nbs/29_tiny_diffusion.ipynb #36f1cea0
 def tiny_text_encoder(
     width: int = 64,           # of the states
     layers: int = 2,           # transformer blocks
     projection: int | None = None,  # width of the pooled state; None: a plain `CLIPTextModel`
+    context: int = CONTEXT,  # tokens that it reads
 ) -> Any:                      # `CLIPTextModel` or `CLIPTextModelWithProjection`
     "An untrained CLIP text tower for the scene world."
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     tokenizer = build_clip_tokenizer()
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=max(1, width // 32),
-                            max_position_embeddings=CONTEXT, projection_dim=projection or width, **ids)
+                            max_position_embeddings=context, projection_dim=projection or width, **ids)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 def tiny_vae(
@@ -62,19 +63,20 @@ def tiny_unet(
     return UNet2DConditionModel(sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=widths, layers_per_block=layers, norm_num_groups=8, cross_attention_dim=text,
                                 down_block_types=blocks("Down", attends), up_block_types=blocks("Up", attends[::-1]), attention_head_dim=2, **extra)
 
-# %% ../nbs/29_tiny_diffusion.ipynb #a773cc89
+# %% ../nbs/29_tiny_diffusion.ipynb #c6da4c06
 def build_tiny_sd(
     seed: int = 0,               # of the random weights
     prediction: str = "v_prediction",  # or "epsilon"
     text: int = 64,              # width of the text tower
     text_layers: int = 2,        # its depth
     vae_widths: tuple[int, ...] = (16, 32),  # of the autoencoder
+    context: int = CONTEXT,      # tokens of a prompt; scene captions rarely have 40, and attention to padding costs time
     **unet: Any,                 # of `tiny_unet`
 ) -> Any:                        # `StableDiffusionPipeline`
     "An untrained tiny SD-v1.5."
     from diffusers import StableDiffusionPipeline
-    parts = build_seeded(lambda: dict(vae=tiny_vae(widths=vae_widths), text_encoder=tiny_text_encoder(text, text_layers), unet=tiny_unet(text, **unet)), seed)
-    return StableDiffusionPipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=build_clip_tokenizer(), scheduler=tiny_scheduler(prediction),
+    parts = build_seeded(lambda: dict(vae=tiny_vae(widths=vae_widths), text_encoder=tiny_text_encoder(text, text_layers, context=context), unet=tiny_unet(text, **unet)), seed)
+    return StableDiffusionPipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=build_clip_tokenizer(context), scheduler=tiny_scheduler(prediction),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 # %% ../nbs/29_tiny_diffusion.ipynb #6e08d76d

@@ -22,14 +22,16 @@ def _word_tokenizer(words: list[str], unknown: str, frame: str, **names: Any) ->
     core.decoder = decoders.Sequence([decoders.Replace(Regex("^"), " "), decoders.Fuse(), decoders.Replace(tight, "")])
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unknown, padding_side="right", **names)
 
-# %% ../nbs/26_tiny_scorers.ipynb #c4dbe5bc
+# %% ../nbs/26_tiny_scorers.ipynb #1f3cda7b
 CONTEXT = 77   # positions of a CLIP text tower
 CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
 
-def build_clip_tokenizer() -> Any:  # `PreTrainedTokenizerFast`
-    "The words of the scene world in the frame of CLIP: start, words, end, padded with ends to 77."
+def build_clip_tokenizer(
+    context: int = CONTEXT,  # tokens that the text tower reads
+) -> Any:                    # `PreTrainedTokenizerFast`
+    "The words of the scene world in the frame of CLIP: start, words, end, padded with ends to the context."
     start, end = CLIP_MARKS
-    return _word_tokenizer(["<unk>", *scene_words(), *CLIP_MARKS], "<unk>", f"{start} $A {end}", bos_token=start, eos_token=end, pad_token=end, model_max_length=CONTEXT)
+    return _word_tokenizer(["<unk>", *scene_words(), *CLIP_MARKS], "<unk>", f"{start} $A {end}", bos_token=start, eos_token=end, pad_token=end, model_max_length=context)
 
 # %% ../nbs/26_tiny_scorers.ipynb #3437bc69
 def build_bert_tokenizer() -> Any:  # `PreTrainedTokenizerFast`
