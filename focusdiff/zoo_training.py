@@ -37,7 +37,7 @@ class SeededBatches:
     def state_dict(self) -> dict: return {"done": self.done}
     def load_state_dict(self, state: dict) -> None: self.done = state["done"]
 
-# %% ../nbs/56_zoo_training.ipynb #54d0116a
+# %% ../nbs/56_zoo_training.ipynb #d96e782f
 def warm_cosine(
     step: int,         # 0-based
     steps: int,        # in all
@@ -65,7 +65,7 @@ class Learner(StepModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warm_cosine(s, self.steps)), "interval": "step"}}
 
 # %% ../nbs/56_zoo_training.ipynb #49565de2
