@@ -40,7 +40,7 @@ check: $(STAMP)  ## the house-rule checks alone
 	@$(PY) .ci/check.py
 
 zoo: $(STAMP)  ## train the tiny checkpoints of data/zoo again, from nothing
-	@$(PY) -m focusdiff.pipeline run nbs/experiments/60_train_zoo.ipynb out/zoo/notebooks/60_train_zoo.ipynb --threads $(CORES)
+	@for n in 60_train_zoo 70_train_diffusion_zoo 71_train_scorers; do $(PY) -m focusdiff.pipeline run nbs/experiments/$$n.ipynb out/zoo/notebooks/$$n.ipynb --threads $(CORES); done
 
 bench: $(STAMP)  ## images/s of our roll-out against the generate of transformers; what attention modulation costs
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/69_bench.ipynb out/bench/notebooks/69_bench.ipynb --threads $(CORES) --show
