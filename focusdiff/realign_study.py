@@ -49,9 +49,9 @@ class Study:
     probe_every: int = 10                    # steps between its points
     every: int = 1                           # each how manieth prompt of a set is painted
 
-# %% ../nbs/46_realign_study.ipynb #c06c6e55
-_TINY = dict(backbone="tiny-sd", captioner="tiny-blip2", matcher="tiny-blip2-itm", clip="tiny-clip", negclip="tiny-negclip", how=Denoising(20, 3.0))
-_TINY_COARSE = dict(steps=20, first=12, lr=2e-4, reward_weight=0.3, regulariser="reference", ema=False)
+# %% ../nbs/46_realign_study.ipynb #c138c31f
+_TINY = dict(backbone="tiny-sd", captioner="tiny-blip2", matcher="tiny-blip2-itm", clip="tiny-clip", negclip="tiny-negclip", how=Denoising(10, 2.0))
+_TINY_COARSE = dict(steps=10, first=6, lr=2e-4, reward_weight=0.3, regulariser="reference", ema=False)
 STUDIES = {
     "paper": Study(),
     "small": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=300), batch=32, captions=10_000, probe_every=25),
