@@ -124,7 +124,7 @@ def signed(
     "A difference with its interval."
     return f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
 
-# %% ../nbs/58_alignment_tables.ipynb #b144646c
+# %% ../nbs/58_alignment_tables.ipynb #c81754ea
 def method_cells(
     frame: pd.DataFrame,                # scores of one set
     variants: Sequence[str],            # rows
@@ -148,6 +148,7 @@ def method_cells(
                 rows.append(dict(place, row=f"{names[v]}: over {names[baseline]}", value=g.difference, low=g.low, high=g.high, format="{:+.3f}"))
     return make_cells(pd.DataFrame(rows))
 
+# %% ../nbs/58_alignment_tables.ipynb #0c13568c
 def distance_cells(
     benchmark: str,              # of `SET_NAMES`
     variants: Sequence[str],     # rows; one that was not painted has no cell
@@ -176,6 +177,7 @@ def add_cells(
     both = pd.concat([extra, cells], ignore_index=True) if len(extra) else cells
     return both.sort_values("row", kind="stable", key=lambda r: r.map(order.index))
 
+# %% ../nbs/58_alignment_tables.ipynb #48a5c59a
 def published_cells(
     table: str,        # "table1", "table2", "table3"
 ) -> pd.DataFrame:     # one row a cell, sections are the sets
@@ -208,7 +210,7 @@ def study_note(
     return ("; ".join(parts) + ". One picture a prompt, from the same noise for every method. Intervals: 95 % paired bootstrap over prompts, 10,000 resamples; they speak of new prompts for these trained models, one training seed each. "
             + why_not([v for v in variants if v not in here])).strip()
 
-# %% ../nbs/58_alignment_tables.ipynb #dfca6406
+# %% ../nbs/58_alignment_tables.ipynb #30ea8eb2
 def whole_prompt(
     frame: pd.DataFrame,  # scores of one set
     variant: str,         # of `METHOD_NAMES`
@@ -243,6 +245,7 @@ def method_grid(
     counts = pd.DataFrame(dict(variant=shown, whole=np.sum([p for _, _, p in rows], 0), pictures=len(rows)))
     return fig, counts, [v for v in variants if v not in shown]
 
+# %% ../nbs/58_alignment_tables.ipynb #5996e62d
 def swapped_pairs(
     frame: pd.DataFrame,   # scores of the twin of ABC-6K
 ) -> pd.DataFrame:         # original, swapped: cases; one row a complete pair
