@@ -22,14 +22,14 @@ from .plots import evenly_spaced, put_image, save_figure, set_style, sheet, titl
 from .results import COLUMNS, load_scores, paired_interval, published
 from .tables import BLOCKS, NOT_RUN, make_cells
 
-# %% ../nbs/58_alignment_tables.ipynb #457f54f9
+# %% ../nbs/58_alignment_tables.ipynb #2516536f
 SET_NAMES = {"coco-scenes": "MS-COCO", "abc6k-scenes": "ABC-6K", "cc500-scenes": "CC-500"}  # our set -> the paper's
 METHOD_NAMES = {
     "render": "True pictures", "render_shuffled": "True pictures, prompts shuffled", "base": "Base", "imagereward": "ImageReward", "fine_s1": "DenseDiffusion (fine, S = 1)", "promptist": "Promptist",
     "structure_diffusion": "StructureDiffusion", "realigndiff": "RealignDiff (coarse + fine)", "coarse": "Coarse", "fine": "Fine", "realign_s1": "Coarse + fine, S = 1",
-    "coarse_no_reward": "Coarse without reward", "coarse_score_function": "Coarse, score function", "coarse_best_of": "Coarse, best of N", "clip_reward": "CLIP reward", "blip_reward": "BLIP reward",
+    "low_guidance": "Base, guidance 2", "coarse_no_reward": "Coarse without reward", "coarse_score_function": "Coarse, score function", "coarse_best_of": "Coarse, best of N", "clip_reward": "CLIP reward", "blip_reward": "BLIP reward",
 }
-METHOD_COLORS = dict(zip(METHOD_NAMES, ("#222222", "#b8b8b8", "#9a9a9a", "#8c6d31", "#6baed6", "#bcbd22", "#2f6db5", "#b8293d", "#e8a33d", "#1b998b", "#e3a6ad", "#c7b299", "#d95f02", "#f2c98f", "#7a4fa3", "#b39ddb")))
+METHOD_COLORS = dict(zip(METHOD_NAMES, ("#222222", "#b8b8b8", "#9a9a9a", "#8c6d31", "#6baed6", "#bcbd22", "#2f6db5", "#b8293d", "#e8a33d", "#1b998b", "#e3a6ad", "#c7b299", "#5c8a8a", "#d95f02", "#f2c98f", "#7a4fa3", "#b39ddb")))
 TABLE1 = ("base", "imagereward", "fine_s1", "promptist", "structure_diffusion", "realigndiff")
 SCORERS = {"clip": "CLIP", "negclip": "NegCLIP", "blip-itc": "BLIP-ITC", "blip-itm": "BLIP-ITM", "r_cap": "R_cap"}
 TRUTH = {"oracle": "Oracle", **{k: k for k in ("presence", "binding", "count", "position", "text", "ground")}}  # 1 when every claim of the prompt holds, else 0; then the share of the claims of one kind

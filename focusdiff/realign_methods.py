@@ -6,15 +6,16 @@ __all__ = ['TABLE1', 'TABLE2', 'TABLE3', 'METHODS', 'Method', 'coarse_stage', 'f
 # %% ../nbs/45_realign_methods.ipynb #f609d062
 from dataclasses import dataclass
 
-# %% ../nbs/45_realign_methods.ipynb #e48471d1
+# %% ../nbs/45_realign_methods.ipynb #1c4120ea
 @dataclass(frozen=True)
 class Method:
     "A row of the tables."
     denoiser: str | None = None   # a coarse stage; None: as it was pretrained
     painter: str = "sample"       # "sample", "fine" (scores S), "fine_s1" (S = 1) or "structure"
+    guidance: float | None = None  # None: that of the study
 
 TABLE1 = {"base": Method(), "structure_diffusion": Method(painter="structure"), "fine_s1": Method(painter="fine_s1"), "realigndiff": Method("coarse", "fine")}
-TABLE2 = {"coarse": Method("coarse"), "fine": Method(painter="fine"), "realign_s1": Method("coarse", "fine_s1"), "coarse_no_reward": Method("coarse_no_reward"),
+TABLE2 = {"low_guidance": Method(guidance=2.0), "coarse": Method("coarse"), "fine": Method(painter="fine"), "realign_s1": Method("coarse", "fine_s1"), "coarse_no_reward": Method("coarse_no_reward"),
           "coarse_score_function": Method("coarse_score_function"), "coarse_best_of": Method("coarse_best_of")}
 TABLE3 = {"clip_reward": Method("clip_reward"), "blip_reward": Method("blip_reward"), "imagereward": Method("imagereward")}
 METHODS = {**TABLE1, **TABLE2, **TABLE3}

@@ -49,13 +49,13 @@ class Study:
     probe_every: int = 10                    # steps between its points
     every: int = 1                           # each how manieth prompt of a set is painted
 
-# %% ../nbs/46_realign_study.ipynb #c138c31f
-_TINY = dict(backbone="tiny-sd", captioner="tiny-blip2", matcher="tiny-blip2-itm", clip="tiny-clip", negclip="tiny-negclip", how=Denoising(10, 2.0))
-_TINY_COARSE = dict(steps=10, first=6, lr=2e-4, reward_weight=0.3, regulariser="reference", ema=False)
+# %% ../nbs/46_realign_study.ipynb #19e22bde
+_TINY = dict(backbone="tiny-sd", captioner="tiny-blip2", matcher="tiny-blip2-itm", clip="tiny-clip", negclip="tiny-negclip", how=Denoising(10, 7.5))
+_TINY_COARSE = dict(steps=10, first=6, scheduler="ddim", guidance=7.5, lr=5e-5, reward_weight=1.0, regulariser="reference", ema=False)
 STUDIES = {
     "paper": Study(),
     "small": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=300), batch=32, captions=10_000, probe_every=25),
-    "tiny": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=40), batch=16, captions=2000, probe_every=10),
+    "tiny": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=40), batch=16, captions=2000, probe=96, probe_every=20),
     "smoke": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=2, steps=4, first=2), batch=2, captions=8, probe=4, probe_every=1, every=40),
 }
 
