@@ -185,7 +185,7 @@ def _install(insertion: _Insertion) -> list:   # handles
         if insertion.mmdit and layer is not None: handles.append(block.register_forward_hook(insertion.after_block))
     return [*handles, d.register_forward_pre_hook(partial(insertion.before_call, _names(d)), with_kwargs=True)]
 
-# %% ../nbs/34_softrepa.ipynb #94159982
+# %% ../nbs/34_softrepa.ipynb #29eea994
 def _denoiser_of(where: Any) -> torch.nn.Module:   # not the wrapper of `torch.compile`
     pipe = where.pipe if isinstance(where, Backbone) else where
     for name in ("transformer", "unet"):
@@ -209,8 +209,9 @@ def soft_tokens(
     hooks = [getattr(hook, "func", None) for hook in denoiser._forward_pre_hooks.values()]
     if any(isinstance(getattr(h, "__self__", None), _Insertion) for h in hooks): raise ConfigError("this denoiser has soft tokens already: leave the first `with` before the second")
     handles = _install(_Insertion(denoiser, tokens))
-    _forget_compiled(where)
-    try: yield tokens
+    try:
+        _forget_compiled(where)
+        yield tokens
     finally:
         for handle in handles: handle.remove()
         _forget_compiled(where)
