@@ -65,12 +65,15 @@ def contrastive_loss(
     if contrast.symmetric: loss = (loss + F.cross_entropy(scores.T, own)) / 2
     return loss + contrast.dsm * errors.diagonal().mean()
 
-# %% ../nbs/38_contrastive.ipynb #6bfeb302
+# %% ../nbs/38_contrastive.ipynb #316a39f1
 def pair_weights(
     errors: Float[Tensor, "image text"],   # any, without gradient
     loss: Callable[[Tensor], Tensor],      # of an error matrix
 ) -> tuple[Tensor, Float[Tensor, "image text"]]:   # loss and W
-    "The loss and its derivative by each error."
+    "The loss and its derivative by each error; an error that is no number is a `DataError`."
+    if not errors.isfinite().all():
+        i, j = (~errors.isfinite()).nonzero()[0].tolist()
+        raise DataError(f"the denoising error of picture {i} under caption {j} is {errors[i, j].item()}: look at its latents, or compute in a wider dtype", row=i)
     errors = errors.detach().requires_grad_()
     with torch.enable_grad(): value = loss(errors)
     return value.detach(), torch.autograd.grad(value, errors)[0]
@@ -129,7 +132,7 @@ def error_matrix(
     pairs = torch.arange(len(latents) * len(condition), device=latents.device)
     return torch.cat([pair_errors(backbone, latents, condition, draw, chunk) for chunk in pairs.split(micro_batch)]).reshape(len(latents), len(condition))
 
-# %% ../nbs/38_contrastive.ipynb #be09f996
+# %% ../nbs/38_contrastive.ipynb #4e853a59
 @dataclasses.dataclass
 class Gradient:
     "What a step computed."
@@ -160,9 +163,6 @@ def two_pass(
 ) -> Gradient:
     "Loss and gradient with the memory of one micro-batch."
     errors = error_matrix(backbone, latents, condition, draw, micro_batch)
-    if not errors.isfinite().all():
-        i, j = (~errors.isfinite()).nonzero()[0].tolist()
-        raise DataError(f"the denoising error of picture {i} under caption {j} is {errors[i, j].item()} at timestep {draw.t.item()}: look at its latents, or compute in a wider dtype", row=i)
     loss, weights = weigh(errors)
     grads, heavy = [torch.zeros_like(p) for p in params], heavy_pairs(weights, skip)
     for chunk in heavy.split(micro_batch):
