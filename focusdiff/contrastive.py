@@ -18,11 +18,10 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-# %% ../nbs/38_contrastive.ipynb #ac9cf325
+# %% ../nbs/38_contrastive.ipynb #a259a909
 from .core import ConfigError, DataError, derive_seed
 from .diffusion import Backbone, Condition
 from .pairs import center_crop, open_image
-from .softrepa import SoftTokens, soft_tokens
 from .training import StepModule
 
 # %% ../nbs/38_contrastive.ipynb #83a72087
@@ -232,10 +231,10 @@ class SoftREPAConfig:
         "Learning rate: a cosine in ten stairs that starts again (official code)."
         return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * (step // self.period % 10) / 10)) / 2
 
-# %% ../nbs/38_contrastive.ipynb #8988cec9
+# %% ../nbs/38_contrastive.ipynb #84ec713c
 def contrastive_step(
     backbone: Backbone,    # frozen
-    tokens: SoftTokens,    # trained
+    tokens: torch.nn.Module,   # trained: `SoftTokens`, or another part with `inside`
     latents: Float[Tensor, "image channel height width"],   # of this device
     captions: list[str],   # theirs
     draw: Draw,            # timestep and noise
@@ -251,7 +250,7 @@ def contrastive_step(
     def weigh(errors: Tensor) -> tuple[Tensor, Tensor]:
         value, weights = pair_weights(_collect(errors, world), lambda e: contrastive_loss(e, config.contrast, allowed, share))
         return value, weights[rank * n:(rank + 1) * n] * world
-    with soft_tokens(backbone, tokens): step = two_pass(backbone, latents, condition, draw, list(tokens.parameters()), weigh, config.micro_batch, config.skip)
+    with tokens.inside(backbone): step = two_pass(backbone, latents, condition, draw, list(tokens.parameters()), weigh, config.micro_batch, config.skip)
     own = torch.eye(len(everyone), dtype=torch.bool, device=latents.device)[rank * n:(rank + 1) * n]
     used = allowed[rank * n:(rank + 1) * n]
     errors = step.errors.masked_fill(~used, math.inf)
@@ -305,19 +304,20 @@ class CaptionLoader:
 
     def _identity(self) -> dict[str, int]: return dict(records=len(self.items), records_per_step=self.per_step, seed=self.seed)
 
-# %% ../nbs/38_contrastive.ipynb #d2da2a76
+# %% ../nbs/38_contrastive.ipynb #738ed324
 class SoftREPA(StepModule):
     "Contrastive training of soft tokens."
     def __init__(
         self,
         backbone: Backbone,       # will be frozen
-        tokens: SoftTokens,       # trained in place
+        tokens: torch.nn.Module,  # trained in place: `SoftTokens`, or another part with `inside` (`49_soft_study` has LoRA)
         config: SoftREPAConfig,   # settings
         also_true: Callable[[str, str], bool] | None = None,   # see `allowed_pairs`
     ):
         super().__init__()
         self.backbone, self.tokens, self.config, self.also_true = backbone, tokens, config, also_true
         backbone.denoiser.requires_grad_(False)
+        tokens.requires_grad_(True)
 
     def configure_optimizers(self) -> Any:
         c = self.config
@@ -339,7 +339,7 @@ class SoftREPA(StepModule):
         carrier = sum((p * g).sum() for p, g in zip(self.tokens.parameters(), step.grads))
         return step.loss + carrier - carrier.detach()
 
-# %% ../nbs/38_contrastive.ipynb #f27f6da1
+# %% ../nbs/38_contrastive.ipynb #522a50ec
 class HeldOut(Callback):
     "Early stopping on a score of held-out prompts."
     def __init__(
@@ -356,19 +356,23 @@ class HeldOut(Callback):
         if not math.isfinite(value): raise DataError(f"the score of the held-out prompts is {value} at step {trainer.global_step}: mask and count failed items in it")
         if not self.history or value > max(v for _, v in self.history): self.best = {k: v.detach().cpu().clone() for k, v in module.tokens.state_dict().items()}
         self.history.append([trainer.global_step, value])
+        self._judge(trainer)
+
+    def _judge(self, trainer: Any) -> None:
         values = [v for _, v in self.history]
         if len(values) - 1 - values.index(max(values)) >= self.patience: trainer.should_stop = True
 
     def on_train_start(self, trainer: Any, module: SoftREPA) -> None:
-        if not self.history: self._look(trainer, module)   # untrained tokens count: training may only do harm
+        if self.history: self._judge(trainer)   # resumed, perhaps after it had stopped
+        else: self._look(trainer, module)       # untrained tokens count: training may only do harm
 
     def on_train_batch_end(self, trainer: Any, module: SoftREPA, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and self.history[-1][0] != trainer.global_step: self._look(trainer, module)
 
     def restore(
         self,
-        tokens: SoftTokens,   # the trained ones
-    ) -> int:                 # optimizer step they are from
+        tokens: torch.nn.Module,   # the trained ones
+    ) -> int:                      # optimizer step they are from
         "Put the best tokens back."
         tokens.load_state_dict(self.best)
         return max(self.history, key=lambda seen: seen[1])[0]

@@ -30,7 +30,7 @@ def time_bucket(
         raise DataError(f"timesteps from {t.min().item():g} to {t.max().item():g}: soft tokens know the timesteps 0 to 1000")
     return (t.long() // 10).clamp(max=BUCKETS - 1)
 
-# %% ../nbs/34_softrepa.ipynb #932496b2
+# %% ../nbs/34_softrepa.ipynb #5c2498f4
 class SoftTokens(torch.nn.Module):
     "Soft tokens and their time offsets; `sections` says where in a UNet they go, and is empty for an MM-DiT."
     def __init__(
@@ -62,6 +62,8 @@ class SoftTokens(torch.nn.Module):
 
     @property
     def size(self) -> int: return sum(p.numel() for p in self.parameters())   # trained numbers
+
+    def inside(self, where: Any) -> Any: return soft_tokens(where, self)   # what `38_contrastive` enters to train them
 
 # %% ../nbs/34_softrepa.ipynb #a9eb2d85
 @dataclasses.dataclass(frozen=True)
