@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'SoftStudy', 'soft_config', 'new_part', 'implied', 'low_rank_targets', 'nearest_rank', 'LowRank',
-           'save_part', 'load_part', 'change_offsets', 'caption_items', 'distinct_pairs', 'edit_images']
+           'save_part', 'load_part', 'change_offsets', 'readable', 'caption_items', 'distinct_pairs', 'edit_images']
 
 # %% ../nbs/49_soft_study.ipynb #d8e7a9a9
 import dataclasses
@@ -159,22 +159,35 @@ def change_offsets(
     fresh = 0.02 * torch.randn(tokens.offsets.shape, generator=torch.Generator().manual_seed(seed)) * (how == "random")
     return SoftTokens(tokens.tokens.detach(), fresh.to(tokens.tokens.device), tokens.sections)
 
-# %% ../nbs/49_soft_study.ipynb #5154fb69
+# %% ../nbs/49_soft_study.ipynb #e560444a
+def readable(
+    backbone: Backbone,   # whose context is the limit
+    texts: list[str],     # captions
+) -> bool:
+    "Whether all captions fit into the text tower."
+    return all(len(ids) <= backbone.context for ids in backbone.pipe.tokenizer(texts, verbose=False)["input_ids"])
+
 def caption_items(
     n: int,               # how many
+    backbone: Backbone,   # that reads them
     name: str = "train",  # part of the seed: "train", "probe" or "pairs"
 ) -> list[CaptionedImage]:
     "Random scenes with two captions each; held-out combinations never appear."
-    rngs = [np.random.default_rng(derive_seed("soft captions", name, i)) for i in range(n)]
-    scenes = [world.sample_scene(rng) for rng in rngs]
-    return [CaptionedImage(tuple(world.caption_scene(s, rng) for _ in range(2)), image) for s, rng, image in zip(scenes, rngs, world.render(scenes))]
+    chosen, i = [], 0
+    while len(chosen) < n:
+        rng, i = np.random.default_rng(derive_seed("soft captions", name, i)), i + 1
+        scene = world.sample_scene(rng)
+        captions = tuple(world.caption_scene(scene, rng) for _ in range(2))
+        if readable(backbone, list(captions)): chosen.append(CaptionedImage(captions, world.render([scene])[0]))
+    return chosen
 
 def distinct_pairs(
-    n: int,   # how many
+    n: int,               # how many
+    backbone: Backbone,   # that reads them
 ) -> list[CaptionedImage]:
     "Held-out pairs in which no caption is implied by another picture's, so that each picture has one right answer."
     chosen = []
-    for item in caption_items(20 * n, "pairs"):
+    for item in caption_items(20 * n, backbone, "pairs"):
         if len(chosen) == n: break
         if not any(implied(item.captions[0], c.captions[0]) or implied(c.captions[0], item.captions[0]) for c in chosen): chosen.append(item)
     return chosen
