@@ -42,9 +42,10 @@ check: $(STAMP)  ## the house-rule checks alone
 zoo: $(STAMP)  ## train the tiny checkpoints of data/zoo again, from nothing
 	@for n in 60_train_zoo 70_train_diffusion_zoo 71_train_scorers; do $(PY) -m focusdiff.pipeline run nbs/experiments/$$n.ipynb out/zoo/notebooks/$$n.ipynb --threads $(CORES); done
 
-bench: $(STAMP)  ## images/s of our roll-out against the generate of transformers; what attention modulation costs
+bench: $(STAMP)  ## images/s of our roll-out against the generate of transformers; what attention modulation and a contrastive step cost
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/69_bench.ipynb out/bench/notebooks/69_bench.ipynb --threads $(CORES) --show
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/68_bench_diffusion.ipynb out/bench/notebooks/68_bench_diffusion.ipynb --threads $(CORES) --show
+	@$(PY) -m focusdiff.pipeline run nbs/experiments/73_bench_soft.ipynb out/bench/notebooks/73_bench_soft.ipynb --threads $(CORES) --show
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs
