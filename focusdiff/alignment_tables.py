@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['SET_NAMES', 'METHOD_NAMES', 'METHOD_COLORS', 'TABLE1', 'SCORERS', 'TRUTH', 'METRIC_NAMES', 'WHY_NOT', 'SINGLE',
-           'why_not', 'alignment_scores', 'read_painted', 'by_item', 'metric_means', 'item_differences', 'verdict',
-           'signed', 'method_cells', 'distance_cells', 'add_cells', 'published_cells', 'paper_notes', 'study_blocks',
-           'study_note', 'whole_prompt', 'method_grid', 'swapped_pairs', 'positions', 'save_not_run', 'short',
-           'oracle_line', 'save_grid']
+           'study_sets', 'why_not', 'alignment_scores', 'read_painted', 'by_item', 'metric_means', 'item_differences',
+           'share_interval', 'verdict', 'signed', 'method_cells', 'distance_cells', 'add_cells', 'published_cells',
+           'paper_notes', 'study_blocks', 'study_note', 'whole_prompt', 'marks', 'method_grid', 'swapped_pairs',
+           'positions', 'save_not_run', 'short', 'oracle_line', 'save_grid']
 
-# %% ../nbs/58_alignment_tables.ipynb #14e67c9f
+# %% ../nbs/58_alignment_tables.ipynb #2694d5e8
 import json, textwrap
 from pathlib import Path
 from typing import Any, Sequence
@@ -16,14 +16,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .core import DataError, out_dir
+from .core import DataError, check_scale, out_dir
 from .frechet import frechet_distance, rank_note
 from .plots import evenly_spaced, put_image, save_figure, set_style, sheet, title
 from .results import COLUMNS, load_scores, paired_interval, published
 from .tables import BLOCKS, NOT_RUN, make_cells
 
-# %% ../nbs/58_alignment_tables.ipynb #2516536f
-SET_NAMES = {"coco-scenes": "MS-COCO", "abc6k-scenes": "ABC-6K", "cc500-scenes": "CC-500"}  # our set -> the paper's
+# %% ../nbs/58_alignment_tables.ipynb #9216f36b
+SET_NAMES = {"coco": "MS-COCO", "abc6k": "ABC-6K", "cc500": "CC-500", "coco-scenes": "MS-COCO twin", "abc6k-scenes": "ABC-6K twin", "cc500-scenes": "CC-500 twin"}
 METHOD_NAMES = {
     "render": "True pictures", "render_shuffled": "True pictures, prompts shuffled", "base": "Base", "imagereward": "ImageReward", "fine_s1": "DenseDiffusion (fine, S = 1)", "promptist": "Promptist",
     "structure_diffusion": "StructureDiffusion", "realigndiff": "RealignDiff (coarse + fine)", "coarse": "Coarse", "fine": "Fine", "realign_s1": "Coarse + fine, S = 1",
@@ -37,6 +37,12 @@ METRIC_NAMES = {**SCORERS, **TRUTH}
 WHY_NOT = {"imagereward": "the image-reward package pins a transformers version older than the one used here", "promptist": "it rewrites prompts into the words of a full-size Stable Diffusion"}
 
 SINGLE = "a single value without an interval, which `r15_frechet` puts beside its floor"
+
+def study_sets(
+    scale: str,       # whose run this is
+) -> list[str]:       # of `SET_NAMES`, the COCO one first
+    "The official sets at scale `paper`, their scene twins elsewhere."
+    return list(SET_NAMES)[:3] if check_scale(scale) == "paper" else list(SET_NAMES)[3:]
 
 def why_not(
     variants: Sequence[str],  # not run
@@ -108,6 +114,15 @@ def item_differences(
             difference, low, high = paired_interval(both[base].to_numpy(float), both[v].to_numpy(float))
             rows.append(dict(baseline=base, variant=v, metric=metric, difference=difference, low=low, high=high, items=len(both), without=len(wide) - len(both)))
     return pd.DataFrame(rows, columns=["baseline", "variant", "metric", "difference", "low", "high", "items", "without"])
+
+# %% ../nbs/58_alignment_tables.ipynb #17ba6cfe
+def share_interval(
+    yes: np.ndarray,  # bool [item]
+) -> tuple[float, float, float]:  # share, lower and upper end of its 95 % interval
+    "A share with Wilson's interval."
+    n, p, z2 = len(yes), float(np.mean(yes)), 1.96 ** 2
+    middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), 1.96 * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return p, max(float(middle - half), 0.0), min(float(middle + half), 1.0)
 
 # %% ../nbs/58_alignment_tables.ipynb #65fab9f4
 def verdict(
@@ -210,7 +225,7 @@ def study_note(
     return ("; ".join(parts) + ". One picture a prompt, from the same noise for every method. Intervals: 95 % paired bootstrap over prompts, 10,000 resamples; they speak of new prompts for these trained models, one training seed each. "
             + why_not([v for v in variants if v not in here])).strip()
 
-# %% ../nbs/58_alignment_tables.ipynb #30ea8eb2
+# %% ../nbs/58_alignment_tables.ipynb #72507695
 def whole_prompt(
     frame: pd.DataFrame,  # scores of one set
     variant: str,         # of `METHOD_NAMES`
@@ -218,6 +233,17 @@ def whole_prompt(
     "Whether the oracle finds every claim of the prompt in the picture."
     own = frame[(frame.variant == variant) & (frame.judge == "oracle")]
     return own.groupby("case").score.mean() > 0.999
+
+def marks(
+    benchmark: str,   # of `SET_NAMES`
+    variant: str,     # of `METHOD_NAMES`
+    scale: str,       # whose run this is
+    n: int,           # pictures
+) -> np.ndarray:      # bool [item], or None [item] where no oracle reads the pictures
+    "The oracle's verdict on each picture of a method."
+    found = whole_prompt(alignment_scores(benchmark, scale), variant).to_numpy()
+    if len(found) not in (0, n): raise DataError(f"{len(found)} verdicts on {n} pictures of {variant} on {benchmark}: paint again with 65_paint", field="case")
+    return found if len(found) else np.full(n, None)
 
 def method_grid(
     parts: Sequence[tuple[str, Sequence[int]]],  # (set, positions of its items)
@@ -232,8 +258,8 @@ def method_grid(
     if not shown: return None
     rows = []   # prompt, pictures, marks
     for s, positions in parts:
-        marks = {v: whole_prompt(alignment_scores(s, scale), v).to_numpy() for v in shown}
-        rows += [(runs[s][shown[0]]["prompts"][k], [runs[s][v]["images"][k] for v in shown], [bool(marks[v][k]) for v in shown]) for k in positions]
+        seen = {v: marks(s, v, scale, len(runs[s][v]["images"])) for v in shown}
+        rows += [(runs[s][shown[0]]["prompts"][k], [runs[s][v]["images"][k] for v in shown], [seen[v][k] for v in shown]) for k in positions]
     tall, step, wide = -(-len(rows) // 2), size + 0.08, 1.75 + len(shown) * (size + 0.08)
     fig, ax = sheet(2 * wide - 0.1, 0.4 + tall * step)
     for k, (prompt, images, passes) in enumerate(rows):
@@ -242,7 +268,7 @@ def method_grid(
         for j, v in enumerate(shown):
             if k % tall == 0: ax.text(x + 1.7 + j * step + size / 2, y - 0.06, {**METHOD_NAMES, **(names or {})}[v].replace(" (", "\n("), ha="center", va="bottom", fontsize=7)
             put_image(ax, images[j], x + 1.7 + j * step, y, size, passes[j])
-    counts = pd.DataFrame(dict(variant=shown, whole=np.sum([p for _, _, p in rows], 0), pictures=len(rows)))
+    counts = pd.DataFrame(dict(variant=shown, whole=np.sum(np.array([p for _, _, p in rows], float), 0), pictures=len(rows)))   # NaN without an oracle
     return fig, counts, [v for v in variants if v not in shown]
 
 # %% ../nbs/58_alignment_tables.ipynb #5996e62d
@@ -279,7 +305,7 @@ def save_not_run(
     plt.close(fig)
     return text
 
-# %% ../nbs/58_alignment_tables.ipynb #a5247123
+# %% ../nbs/58_alignment_tables.ipynb #8694d45e
 def short(
     variant: str,   # of `METHOD_NAMES`
 ) -> str:           # without what stands in brackets
@@ -294,7 +320,7 @@ def oracle_line(
 ) -> str:                     # "Over all prompts: MS-COCO twin (n = 200) Base 0.35 [0.28, 0.42], ...", or ""
     "The share of prompts of whole sets that are right in every claim, with intervals."
     means = {s: metric_means(alignment_scores(s, scale), variants, ["oracle"]) for s in sets}
-    lines = [f"{SET_NAMES[s]} twin (n = {m['items'].max()}) " + ", ".join(f"{(names or {}).get(r.variant, short(r.variant))} {r.mean_:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in m.rename(columns={"mean": "mean_"}).itertuples()) for s, m in means.items() if len(m)]
+    lines = [f"{SET_NAMES[s]} (n = {m['items'].max()}) " + ", ".join(f"{(names or {}).get(r.variant, short(r.variant))} {r.mean_:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in m.rename(columns={"mean": "mean_"}).itertuples()) for s, m in means.items() if len(m)]
     return f"Over all prompts: {'; '.join(lines)}." if lines else ""
 
 def save_grid(
@@ -308,9 +334,10 @@ def save_grid(
     "One figure of pictures side by side, with the oracle's marks and its shares over the whole sets."
     set_style()
     grid = method_grid([(s, at) for s, k in places.items() if (at := positions(s, k, scale))], variants, scale, names=names)
-    if grid is None: return f"{subject}. {save_not_run(stem, scale, 'no pictures of ' + ', '.join(places))}"
+    if grid is None: return f"{subject}. {save_not_run(stem, scale, 'no pictures of ' + ', '.join(places))}".rstrip(".")
     fig, counts, missing = grid
-    claim = f"{subject}: of {counts.pictures.iloc[0]} pictures each, every claim is true in " + ", ".join(f"{c.whole} by {(names or {}).get(c.variant, short(c.variant))}" for c in counts.itertuples())
+    claim = f"{subject}: of {counts.pictures.iloc[0]} pictures each, every claim is true in " + ", ".join(f"{c.whole:.0f} by {(names or {}).get(c.variant, short(c.variant))}" for c in counts.itertuples())
+    if counts.whole.isna().any(): claim = f"{subject}: {counts.pictures.iloc[0]} prompts by {len(counts)} methods; no oracle reads these pictures"
     note = f"Green frame: the oracle finds every claim of the prompt in the picture; cross: at least one is false. Prompts at equal distances in each set, the same noise for every method. {oracle_line(places, counts.variant, scale, names)} 95 % intervals over prompts, one training seed. {why_not(missing)}"
     title(fig, claim, note, int(fig.get_figwidth() * 10))
     save_figure(fig, stem, scale)
