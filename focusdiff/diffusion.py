@@ -71,7 +71,7 @@ class Condition:
     def __add__(self, other: "Condition") -> "Condition":  # the rows of both
         return Condition(torch.cat([self.embeds, other.embeds]), None if self.pooled is None else torch.cat([self.pooled, other.pooled]))
 
-# %% ../nbs/30_diffusion.ipynb #b16b9c52
+# %% ../nbs/30_diffusion.ipynb #f5835ee1
 _KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3"}
 
 class Backbone:
@@ -88,6 +88,7 @@ class Backbone:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)   # of one latent: channel, height, width
         self.side = config.sample_size * pipe.vae_scale_factor                      # pixels
         self.context = pipe.tokenizer.model_max_length                              # tokens, both marks included
+        self.t5_context = min(256, getattr(getattr(pipe, "tokenizer_3", None), "model_max_length", 256))   # tokens of SD3's T5 tower; 256 is the pipeline's own
         self.prediction: Prediction = "flow" if self.kind == "sd3" else pipe.scheduler.config.prediction_type
         official = {k: p.default for k, p in inspect.signature(type(pipe).__call__).parameters.items()}
         own = dict(steps=official["num_inference_steps"], guidance=official["guidance_scale"], scheduler="own" if self.kind == "sd3" else "ddim")
@@ -131,9 +132,9 @@ def save(
     "Write the checkpoint folder that `load_backbone` reads."
     self.pipe.save_pretrained(path, safe_serialization=True)
 
-# %% ../nbs/30_diffusion.ipynb #fa7e683f
+# %% ../nbs/30_diffusion.ipynb #d17b7a70
 def _encode(backbone: Backbone, prompts: list[str], guided: bool) -> tuple:  # states, blank states, pooled, blank pooled
-    extra = {"sd": {}, "sdxl": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None}}[backbone.kind]
+    extra = {"sd": {}, "sdxl": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None, "max_sequence_length": backbone.t5_context}}[backbone.kind]
     with torch.no_grad():
         out = backbone.pipe.encode_prompt(prompt=prompts, device=backbone.device, num_images_per_prompt=1, do_classifier_free_guidance=guided, **extra)
     return out if len(out) == 4 else (*out, None, None)

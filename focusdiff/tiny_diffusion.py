@@ -79,24 +79,26 @@ def build_tiny_sd(
     return StableDiffusionPipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=build_clip_tokenizer(context), scheduler=tiny_scheduler(prediction),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-# %% ../nbs/29_tiny_diffusion.ipynb #6e08d76d
+# %% ../nbs/29_tiny_diffusion.ipynb #7305d21a
 def build_tiny_sdxl(
     seed: int = 0,               # of the random weights
     prediction: str = "epsilon", # or "v_prediction"
     text: int = 64,              # width of each text tower
     text_layers: int = 2,        # their depth
     vae_widths: tuple[int, ...] = (16, 32),  # of the autoencoder
+    context: int = CONTEXT,      # tokens of a prompt
+    vae: Any = None,             # a ready autoencoder
     **unet: Any,                 # of `tiny_unet`
 ) -> Any:                        # `StableDiffusionXLPipeline`
     "An untrained tiny SDXL."
     from diffusers import StableDiffusionXLPipeline
     added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + text, use_linear_projection=True)
-    parts = build_seeded(lambda: dict(vae=tiny_vae(widths=vae_widths), text_encoder=tiny_text_encoder(text, text_layers), text_encoder_2=tiny_text_encoder(text, text_layers, projection=text),
-                                 unet=tiny_unet(2 * text, **added, **unet)), seed)
-    return StableDiffusionXLPipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=build_clip_tokenizer(), tokenizer_2=build_clip_tokenizer(), scheduler=tiny_scheduler(prediction),
-                                     add_watermarker=False)
+    parts = build_seeded(lambda: dict(vae=vae or tiny_vae(widths=vae_widths), text_encoder=tiny_text_encoder(text, text_layers, context=context),
+                                 text_encoder_2=tiny_text_encoder(text, text_layers, text, context), unet=tiny_unet(2 * text, **added, **unet)), seed)
+    return StableDiffusionXLPipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=build_clip_tokenizer(context), tokenizer_2=build_clip_tokenizer(context),
+                                     scheduler=tiny_scheduler(prediction), add_watermarker=False)
 
-# %% ../nbs/29_tiny_diffusion.ipynb #0081b31b
+# %% ../nbs/29_tiny_diffusion.ipynb #9c9c4c23
 def build_tiny_sd3(
     seed: int = 0,       # of the random weights
     text: int = 64,      # width of each CLIP tower
@@ -106,15 +108,20 @@ def build_tiny_sd3(
     patch: int = 2,      # latent cells per patch side
     vae_widths: tuple[int, ...] = (16, 32),  # of the autoencoder
     channels: int = 8,   # of the latent (16 in SD3)
+    context: int = CONTEXT,  # tokens of a prompt in the CLIP towers
+    vae: Any = None,     # a ready autoencoder, with as many channels
+    t5_context: int = 256,   # tokens of a prompt in the T5 tower
 ) -> Any:                # `StableDiffusion3Pipeline`
     "An untrained tiny SD3, T5 tower included."
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import T5Config, T5EncoderModel
-    words, both = build_clip_tokenizer(), 2 * text
+    words, both = build_clip_tokenizer(t5_context), 2 * text
     t5 = T5Config(vocab_size=len(words), d_model=both, d_kv=32, d_ff=both, num_layers=1, num_heads=2, pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id)
+    tower = lambda: tiny_text_encoder(text, text_layers, text, context)
     denoiser = lambda: SD3Transformer2DModel(sample_size=16, patch_size=patch, in_channels=channels, out_channels=channels, num_layers=layers, attention_head_dim=32, num_attention_heads=heads,
         joint_attention_dim=both, caption_projection_dim=32 * heads, pooled_projection_dim=both, pos_embed_max_size=16)
-    parts = build_seeded(lambda: dict(vae=tiny_vae(widths=vae_widths, channels=channels, shift=0.0), text_encoder=tiny_text_encoder(text, text_layers, projection=text),
-                                 text_encoder_2=tiny_text_encoder(text, text_layers, projection=text), text_encoder_3=T5EncoderModel(t5), transformer=denoiser()), seed)
-    return StableDiffusion3Pipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=words, tokenizer_2=build_clip_tokenizer(), tokenizer_3=build_clip_tokenizer(),
+    parts = build_seeded(lambda: dict(vae=vae or tiny_vae(widths=vae_widths, channels=channels, shift=0.0), text_encoder=tower(), text_encoder_2=tower(),
+                                      text_encoder_3=T5EncoderModel(t5), transformer=denoiser()), seed)
+    if vae and vae.config.shift_factor is None: vae.register_to_config(shift_factor=0.0)
+    return StableDiffusion3Pipeline(**{k: m.eval() for k, m in parts.items()}, tokenizer=build_clip_tokenizer(context), tokenizer_2=build_clip_tokenizer(context), tokenizer_3=words,
                                     scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
