@@ -39,6 +39,7 @@ setup(
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "jupyter_client.kernel_provisioners": ["focusdiff-warm = focusdiff.warm:WarmProvisioner"],
     },
     zip_safe=False,
 )

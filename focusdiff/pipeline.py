@@ -208,7 +208,7 @@ def _say_failure(job: str, error: Exception, copy: Path, log: Path) -> None:  # 
     else: print(f"{type(error).__name__}: {error}\n--- last words of the kernel:\n" + log.read_text(errors="replace")[-2000:], file=sys.stderr)
     print(f"--- the executed copy: {where}\n{'=' * 70}", file=sys.stderr, flush=True)
 
-# %% ../nbs/54_pipeline.ipynb #292060af
+# %% ../nbs/54_pipeline.ipynb #978552e6
 def run_notebook(
     notebook: str | Path,          # an experiment or a report
     output: str | Path,            # where the executed copy goes
@@ -216,6 +216,7 @@ def run_notebook(
     threads: int = 1,              # for the numeric libraries in the kernel
 ) -> Path:                         # `output`
     "Execute one notebook in a fresh kernel; `output` appears only when every cell succeeded."
+    sys.modules.setdefault("rfc3987_syntax", None)   # an extra of jsonschema: reading its grammar takes longer than all else that is imported here
     import nbformat, papermill
     notebook, output, job = Path(notebook), Path(output).resolve(), Path(output).stem
     check_parameters(notebook, parameters)
@@ -276,12 +277,13 @@ def _snakemake(scale: str, cores: int) -> list[str]:  # the command line
     return [sys.executable, "-m", "snakemake", "--config", f"scale={scale}", "--cores", str(cores), "--rerun-incomplete", "--nolock",
             "--scheduler", "greedy", "--nocolor", "--directory", str(repo_root()), "--snakefile", str(repo_root() / "Snakefile")]
 
-# %% ../nbs/54_pipeline.ipynb #c3509878
+# %% ../nbs/54_pipeline.ipynb #93a6697a
 def reproduce(
     scale: str = "tiny",       # one of `SCALES`
     cores: int | None = None,  # notebooks at a time, default: all processors
 ) -> int:                      # exit status
     "Run every notebook that is missing or stale at `scale`, with the time left in view."
+    from focusdiff.warm import warm_kernels
     start, cores = time.monotonic(), cores or len(os.sched_getaffinity(0))
     if check_scale(scale) != "paper": os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["FOCUSDIFF_RUN"] = str(os.getpid())
@@ -296,7 +298,7 @@ def reproduce(
         board = Board(out_dir(scale) / "progress")
         board.write_plan(todo, len(todo | dict.fromkeys(finished)), cores)
         print(f"{board.line()} {len(todo)} notebooks to run at scale {scale}, {cores} at a time", file=sys.stderr, flush=True)
-        status = subprocess.run([*command, "--quiet", "all"]).returncode
+        with warm_kernels(): status = subprocess.run([*command, "--quiet", "all"]).returncode
     where = f"out/{scale}" if scale == "smoke" else "reports"
     if status == 0: print(f"Finished in {format_seconds(time.monotonic() - start)}: open {where}/index.html")
     else: print(f"Stopped after {format_seconds(time.monotonic() - start)}; the same command goes on from here.", file=sys.stderr)
