@@ -26,7 +26,7 @@ def import_all(
             done.append(name)
     return done
 
-# %% ../nbs/07_warm.ipynb #ffa81f18
+# %% ../nbs/07_warm.ipynb #05f289ee
 def _become_kernel(connection: socket.socket) -> None:   # never returns
     "What the copy does: take over the request's files, environment and folder, and run the kernel."
     request, files, *_ = socket.recv_fds(connection, 1 << 16, 2)
@@ -50,6 +50,7 @@ def serve(
     imports: tuple[str, ...] = IMPORTS,   # see `import_all`
 ) -> None:
     "Import, listen, and copy this process for each request, until standard input is closed."
+    os.environ["JPY_PARENT_PID"] = str(os.getpid())    # read when ipykernel is imported: its kernels are this process's children
     import_all(imports)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # the system clears away copies that have ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)       # it ends when whoever started it has ended
