@@ -311,3 +311,13 @@ def regular_loss(self: RealignCoarse, batch: list[CoarseItem], clean: Tensor | N
         with torch.no_grad(): old = b.predict(xt, t, condition)
     finally: b.denoiser = theta
     return (new - old).float().square().mean()
+
+# %% ../nbs/31_realign_coarse.ipynb #874c9da7
+@patch
+@torch.no_grad()
+def finish(self: RealignCoarse) -> None:
+    "Turn the trained denoiser into the one that is saved: the average of its weights where one is kept, LoRA merged; after the last step."
+    for p, kept in zip(self.trained, self.average): p.copy_(kept)
+    if self.config.lora_rank:
+        self.denoiser.fuse_lora()
+        self.denoiser.unload_lora()
