@@ -5,9 +5,10 @@ __all__ = ['Similarity', 'ESTIMATORS', 'PRESETS', 'Captioner', 'CaptionReward', 
            'Chain', 'step_logp', 'roll_chain', 'chain_loss', 'CoarseConfig', 'late_pixels', 'CoarseItem', 'best_images',
            'RealignCoarse']
 
-# %% ../nbs/31_realign_coarse.ipynb #2bf9ef4b
+# %% ../nbs/31_realign_coarse.ipynb #68156822
 import copy, math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Protocol, runtime_checkable
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/31_realign_coarse.ipynb #f9ed6f0e
+# %% ../nbs/31_realign_coarse.ipynb #fcf9f8ec
 from .core import ConfigError, DataError, FocusDiffError, derive_seed
 from .diffusion import Backbone, Condition, Denoising, to_images
 from .grpo import group_advantages
+from .pairs import center_crop, open_image
 from .training import StepModule
 
 # %% ../nbs/31_realign_coarse.ipynb #b757c31d
@@ -203,12 +205,14 @@ def late_pixels(
     clean = backbone.predict_clean(latents, t, condition, config.guidance)
     return backbone.decode(clean).clamp(-1, 1), clean, step
 
-# %% ../nbs/31_realign_coarse.ipynb #ce79db5d
+# %% ../nbs/31_realign_coarse.ipynb #ff0fa872
 @dataclass
 class CoarseItem:
     "One training example."
     prompt: str                       # a caption
-    image: np.ndarray | None = None   # uint8 [side, side, 3], for the `images` regulariser
+    image: np.ndarray | Path | None = None   # uint8 [side, side, 3], or a file that is cropped to the backbone's size; for the `images` regulariser
+
+    def pixels(self, side: int) -> np.ndarray | None: return center_crop(open_image(self.image), side) if isinstance(self.image, Path) else self.image
 
 def best_images(
     backbone: Backbone,      # paints
@@ -266,7 +270,7 @@ class RealignCoarse(StepModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None: checkpoint["average"] = self.average
     def on_load_checkpoint(self, checkpoint: dict) -> None: self.average = checkpoint["average"]
 
-# %% ../nbs/31_realign_coarse.ipynb #b0c35a07
+# %% ../nbs/31_realign_coarse.ipynb #ace221c9
 @patch
 def reward_loss(self: RealignCoarse, prompts: list[str], seeds: list[int], draw: int) -> tuple[Tensor, Tensor | None]:
     "The reward term by the chosen estimator, and x0' where there is one."
@@ -298,9 +302,10 @@ def regular_loss(self: RealignCoarse, batch: list[CoarseItem], clean: Tensor | N
     c, b, prompts = self.config, self.backbone, [item.prompt for item in batch]
     if c.regulariser == "none": return torch.zeros((), device=b.device)
     if c.regulariser == "images":
-        if len(shapes := {item.image.shape for item in batch if item.image is not None}) > 1: raise DataError(f"a batch needs pictures of one size, got {', '.join(map(str, sorted(shapes)))}", field="image")
-        if any(item.image is None for item in batch): raise DataError('the regulariser "images" needs a picture in every item: paint them with the untouched backbone, or choose "reference"', field="image")
-        return _denoising_term(b, b.encode_images(np.stack([item.image for item in batch])), prompts, draw)
+        pictures = [item.pixels(b.side) for item in batch]
+        if len(shapes := {p.shape for p in pictures if p is not None}) > 1: raise DataError(f"a batch needs pictures of one size, got {', '.join(map(str, sorted(shapes)))}", field="image")
+        if any(p is None for p in pictures): raise DataError('the regulariser "images" needs a picture in every item: paint them with the untouched backbone, or choose "reference"', field="image")
+        return _denoising_term(b, b.encode_images(np.stack(pictures)), prompts, draw)
     x0 = b.noise([derive_seed("x0", draw, i) for i in range(len(batch))]) if clean is None else clean.detach()
     t, noise = _noised(b, x0, draw)
     a, s = (share.to(x0.dtype) for share in b.mixture(t))
