@@ -2,26 +2,29 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'SoftStudy', 'soft_config', 'new_part', 'implied', 'low_rank_targets', 'nearest_rank', 'LowRank',
-           'save_part', 'load_part', 'change_offsets', 'readable', 'caption_items', 'distinct_pairs', 'edit_images']
+           'save_part', 'load_part', 'change_offsets', 'digest', 'already_made', 'readable', 'caption_items',
+           'distinct_pairs', 'edit_images']
 
-# %% ../nbs/49_soft_study.ipynb #d8e7a9a9
-import dataclasses
+# %% ../nbs/49_soft_study.ipynb #9e56969d
+import dataclasses, hashlib, json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/49_soft_study.ipynb #ad24430f
+# %% ../nbs/49_soft_study.ipynb #f85525f0
 from . import scenes as world
 from .contrastive import CaptionedImage, Contrast, SoftREPAConfig
-from .core import ConfigError, DataError, check_scale, derive_seed, make_config, write_atomic
+from .core import ConfigError, DataError, Run, check_scale, derive_seed, make_config, write_atomic
 from .diffusion import Backbone, Denoising
 from .editing import WITH_TOKENS, FlowEditing, MasaCtrl, PnP, SharedEditing, flow_edit, shared_edit
+from .results import load_scores
 from .soft_methods import EDITORS, training
 from .softrepa import SoftTokens, is_mmdit, make_soft_tokens
+from .zoo import file_sums
 
-# %% ../nbs/49_soft_study.ipynb #db952d42
+# %% ../nbs/49_soft_study.ipynb #4d503bb0
 @dataclasses.dataclass
 class SoftStudy:
     "Checkpoints and sizes of a scale; the defaults are those of scale `paper`."
@@ -40,6 +43,7 @@ class SoftStudy:
     grid: tuple = tuple(range(50, 1000, 100))   # their timesteps
     every: int = 1            # each how manieth prompt and edit
     edit_steps: int = 50      # of all editors
+    identity: int = 16        # pictures that are edited into themselves
     editors: dict = dataclasses.field(default_factory=lambda: dict(pnp=PnP(), masactrl=MasaCtrl()))
     clip: str = "openai/clip-vit-base-patch32"
 
@@ -49,8 +53,8 @@ _same = lambda n: dict.fromkeys(("sd", "sdxl", "sd3"), n)
 STUDIES = {
     "paper": SoftStudy(),
     "small": SoftStudy(**_ZOO, batch=_same(16), steps=_same(1000), settings=dict(period=100, micro_batch=64, skip=1e-3), captions=20_000, probe=64, probe_every=100, pairs=64),
-    "tiny": SoftStudy(**_ZOO, batch=_same(8), steps=_same(60), settings=dict(period=10, micro_batch=32, skip=1e-3), captions=4000, probe=24, probe_every=20, pairs=16, grid=tuple(range(100, 1000, 200)), every=4),
-    "smoke": SoftStudy(**_ZOO, batch=_same(2), steps=_same(2), settings=dict(period=1, micro_batch=4), captions=8, probe=2, probe_every=1, pairs=2, grid=(300, 700), every=40),
+    "tiny": SoftStudy(**_ZOO, batch=_same(6), steps=_same(60), settings=dict(period=10, micro_batch=36, skip=1e-3), captions=480, probe=16, probe_every=30, pairs=16, grid=tuple(range(100, 1000, 200)), every=4, identity=8),
+    "smoke": SoftStudy(**_ZOO, batch=_same(2), steps=_same(2), settings=dict(period=1, micro_batch=4), captions=8, probe=2, probe_every=1, pairs=2, grid=(300, 700), every=40, identity=2),
 }
 
 # %% ../nbs/49_soft_study.ipynb #61c59e40
@@ -158,6 +162,22 @@ def change_offsets(
     if tokens.offsets is None: raise ConfigError("these tokens have no time offsets to change")
     fresh = 0.02 * torch.randn(tokens.offsets.shape, generator=torch.Generator().manual_seed(seed)) * (how == "random")
     return SoftTokens(tokens.tokens.detach(), fresh.to(tokens.tokens.device), tokens.sections)
+
+# %% ../nbs/49_soft_study.ipynb #23e8e2cc
+def digest(
+    path: str | Path,   # a file, or a folder of a checkpoint
+) -> str:               # 12 hex digits; of the name, where there is no such file (a hub id)
+    "A sum of what a result is made of."
+    path = Path(path)
+    content = json.dumps(file_sums(path)).encode() if path.is_dir() else path.read_bytes() if path.exists() else str(path).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+def already_made(
+    file: str | Path,   # of scores
+    run: Run,           # that would make it
+) -> bool:
+    "Whether a file of scores is of the same settings, code and files."
+    return Path(file).exists() and [r.config for r in load_scores(file).runs] == [json.loads(json.dumps(run.config))]
 
 # %% ../nbs/49_soft_study.ipynb #e560444a
 def readable(
