@@ -6,11 +6,12 @@ What is stale is decided by content, not by dates alone. A notebook runs again w
   - a parameter changed, or a file it reads was made anew.
 So a new word in one report runs that report and the page that shows it, and nothing else.
 """
-import sys
+import json, sys
 from pathlib import Path
 from focusdiff.core import check_scale
 from focusdiff.pipeline import code_version
 from focusdiff.realign_methods import coarse_stage, first_picture, study_plan
+from focusdiff.soft_methods import EDITORS, KINDS, TRAININGS, kinds_at_hand, parts_of, soft_plan
 
 # ---------------------------------------------------------------------------------------------------------------- what is run
 
@@ -33,10 +34,21 @@ TWINS = ["coco-scenes", "abc6k-scenes", "cc500-scenes"]
 ALIGNED = {"tiny": TWINS, "small": TWINS, "paper": ["coco", "abc6k", "cc500"], "smoke": TWINS[:1]}
 ALIGN_SEED = 42
 
-SECONDS = {"64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+# SoftREPA: the trainings of each backbone (those without a checkpoint are left out), the seeds of the main one, sets of prompts and edits
+ALL = {k: [t for t in TRAININGS if k in TRAININGS[t].kinds] for k in KINDS}
+ABLATIONS = {"sd": ["soft", "contrastive_only", "low_rank"], "sdxl": ["soft", "contrastive_only"], "sd3": ["soft", "low_rank", "layers_1", "layers_4", "length_1", "length_8"]}
+EDITS = ["pie-scenes", "div2k-scenes", "cat2dog-scenes"]
+SOFT = {
+    "tiny":  dict(trainings=ABLATIONS, edit_sets=EDITS[:1]),
+    "small": dict(trainings=ALL, seeds=(42, 43, 44, 45, 46), edit_sets=EDITS),
+    "paper": dict(trainings=ALL, sets=("coco", "geneval"), edit_sets=["pie-bench"]),
+    "smoke": dict(trainings={"sd": ["soft"]}, sets=("coco-scenes",), edit_sets=EDITS[:1], editors=("pnp_direct",)),
+}
 
-# What a report reads, if it is not everything of its paper: "pairs", "training", "align", "coarse", or the name of a benchmark. A report on what a scale does not have is left out there.
-# RealignDiff's reports (r01 and on) read "align", the pictures and scores on its three sets.
+SECONDS = {"66_train_soft": 70, "67_soft_generate": 90, "72_soft_edit": 60, "64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+
+# What a report reads, if it is not everything of its paper: "pairs", "training", "align", "coarse", "soft", or the name of a benchmark. A report on what a scale does not have is left out there.
+# RealignDiff's reports (r01 and on) read "align", the pictures and scores on its three sets; SoftREPA's (s01 and on) read "soft", its trainings, pictures and edits.
 REPORT_READS = {
     "99_index": ["reports"],
     "83_fig3_pairs": ["pairs"],
@@ -45,7 +57,7 @@ REPORT_READS = {
     "88_fig8_funnel": ["pairs"],
     "r13_learning_curve": ["coarse"],
 }
-def report_needs(stem, default): return REPORT_READS.get(stem, ["align"] if stem[0] == "r" else default)
+def report_needs(stem, default): return REPORT_READS.get(stem, {"r": ["align"], "s": ["soft"]}.get(stem[0], default))
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
@@ -53,7 +65,9 @@ SCALE = check_scale(config.get("scale", "tiny"))
 RUN, OUT, PYTHON = RUNS[SCALE], f"out/{SCALE}", sys.executable
 SPEED = {"smoke": 0.3, "tiny": 1, "small": 10, "paper": 100}[SCALE]
 ZOO = [p for p in ["data/zoo/manifest.json"] if Path(p).exists() and SCALE != "paper"]
-AVAILABLE = {"pairs", "training", "reports", *RUN["benchmarks"], *(["align", "coarse"] if ALIGNED[SCALE] else [])}
+AT_HAND = KINDS if SCALE == "paper" else kinds_at_hand(json.loads(Path(ZOO[0]).read_text())) if ZOO else []
+SOFTLY = soft_plan(**{**SOFT[SCALE], "trainings": {k: names for k, names in SOFT[SCALE]["trainings"].items() if k in AT_HAND}})
+AVAILABLE = {"pairs", "training", "reports", *RUN["benchmarks"], *(["align", "coarse"] if ALIGNED[SCALE] else []), *(["soft"] if SOFTLY.train else [])}
 REPORTS = sorted(p.stem for p in Path("nbs/report").glob("*.ipynb") if AVAILABLE.issuperset(report_needs(p.stem, [])))
 
 TRAINED = [(v, s) for v in RUN["methods"] for s in RUN["seeds"]] + [(v, s) for v in RUN["attribution"] for s in RUN["attribution_seeds"]]
@@ -68,6 +82,8 @@ PAINTED = study_plan(ALIGNED[SCALE]) if ALIGNED[SCALE] else []
 COARSE = sorted({coarse_stage(m) for _, m in PAINTED} - {None})
 ALIGN = [f"{OUT}/align/{s}/{m}-{ALIGN_SEED}.{ending}" for s, m in PAINTED for ending in ("parquet", "npz")]
 CURVES = [f"{OUT}/coarse/{c}-{ALIGN_SEED}/curve.csv" for c in COARSE]
+SOFT_PARTS = [f"{OUT}/soft/{k}-{t}-{s}/run.json" for k, t, s in SOFTLY.train]
+SOFT_PICTURES = [f"{OUT}/soft_pictures/{b}/{k}-{s}.json" for b, k, s in SOFTLY.generate] + [f"{OUT}/soft_edits/{b}/{e}-{s}.json" for b, e, s in SOFTLY.edit]
 EXECUTED = f"{OUT}/notebooks/"
 
 def experiment(stem): return f"nbs/experiments/{stem}.ipynb"
@@ -89,8 +105,17 @@ def painted_from(wildcards):
     stage, first = coarse_stage(wildcards.method), first_picture(wildcards.method)
     return ZOO + [f"{OUT}/coarse/{stage}-{ALIGN_SEED}/run.json"] * bool(stage) + [f"{OUT}/align/{wildcards.benchmark}/{first}-{ALIGN_SEED}.npz"] * bool(first)
 
+def soft_parts(kind, methods, seed):
+    "What methods paint with: trained parts and tuned denoisers."
+    trained, tuned = parts_of(kind, methods, seed)
+    return ZOO + [f"{OUT}/soft/{p}/run.json" for p in trained] + [f"{OUT}/coarse/{d}/run.json" for d in tuned]
+
+def soft_methods(w): return SOFTLY.generate[w.benchmark, w.kind, int(w.seed)]
+def soft_edits(w): return SOFTLY.edit[w.benchmark, w.editor, int(w.seed)]
+def listed(names): return "[" + ",".join(f"'{n}'" for n in names) + "]"   # as a parameter
+
 def report_reads(wildcards):
-    files = {"align": ALIGN, "coarse": CURVES, "pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
+    files = {"align": ALIGN, "soft": SOFT_PARTS + SOFT_PICTURES, "coarse": CURVES, "pairs": PAIRS, "training": TRAINING, **SCORES, "reports": [f"{EXECUTED}{s}.ipynb" for s in REPORTS if s != "99_index"]}
     names = report_needs(wildcards.stem, ["pairs", "training", *SCORES])
     return [f for name in names for f in files.get(name, [])] + sorted(map(str, Path("data/published").glob("*.csv")))
 
@@ -100,6 +125,9 @@ wildcard_constraints:
     method = "[a-z0-9_]+",
     stage = "[a-z_]+",
     benchmark = "[a-z0-9_-]+",
+    kind = "|".join(KINDS),
+    training = "[a-z0-9_]+",
+    editor = "|".join(EDITORS),
     stem = "|".join(REPORTS),
 
 # The command that runs one notebook; {resources.seconds} is only a guess for the time left.
@@ -163,6 +191,37 @@ rule paint:
     params: code=version("experiments", "65_paint")
     resources: seconds=int(SECONDS["65_paint"] * SPEED)
     shell: EXECUTE + " -p variant {wildcards.method} -p seed {ALIGN_SEED} -p benchmark {wildcards.benchmark}"
+
+rule train_soft:
+    input: ZOO, notebook=experiment("66_train_soft")
+    output:
+        run=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/run.json",
+        part=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/part.safetensors",
+        cubes=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/cubes.npz",
+        notebook=f"{EXECUTED}66_train_soft-{{kind}}-{{training}}-{{seed}}.ipynb"
+    params: code=version("experiments", "66_train_soft")
+    resources: seconds=int(SECONDS["66_train_soft"] * SPEED)
+    priority: 40
+    shell: EXECUTE + " -p kind {wildcards.kind} -p variant {wildcards.training} -p seed {wildcards.seed} && rm -rf {OUT}/soft/{wildcards.kind}-{wildcards.training}-{wildcards.seed}/state"
+
+rule soft_generate:   # the pictures are no outputs, so that a stopped job goes on with the methods that are missing
+    input: lambda w: soft_parts(w.kind, soft_methods(w), w.seed), notebook=experiment("67_soft_generate")
+    output:
+        painted=f"{OUT}/soft_pictures/{{benchmark}}/{{kind}}-{{seed}}.json",
+        notebook=f"{EXECUTED}67_soft_generate-{{benchmark}}-{{kind}}-{{seed}}.ipynb"
+    params: code=version("experiments", "67_soft_generate"), variants=lambda w: listed(soft_methods(w))
+    resources: seconds=int(SECONDS["67_soft_generate"] * SPEED)
+    priority: 30
+    shell: EXECUTE + ' -p benchmark {wildcards.benchmark} -p kind {wildcards.kind} -p seed {wildcards.seed} -p variants "{params.variants}"'
+
+rule soft_edit:       # ditto
+    input: lambda w: soft_parts(EDITORS[w.editor], soft_edits(w), w.seed), notebook=experiment("72_soft_edit")
+    output:
+        edited=f"{OUT}/soft_edits/{{benchmark}}/{{editor}}-{{seed}}.json",
+        notebook=f"{EXECUTED}72_soft_edit-{{benchmark}}-{{editor}}-{{seed}}.ipynb"
+    params: code=version("experiments", "72_soft_edit"), variants=lambda w: listed(soft_edits(w))
+    resources: seconds=int(SECONDS["72_soft_edit"] * SPEED)
+    shell: EXECUTE + ' -p edit_set {wildcards.benchmark} -p editor {wildcards.editor} -p seed {wildcards.seed} -p variants "{params.variants}"'
 
 rule report:
     input: report_reads, notebook="nbs/report/{stem}.ipynb"
