@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['error_cube', 'information_bound', 'critic_bound', 'likelihood_scores', 'likelihood_bound', 'right_share', 'retrieval',
-           'decomposition', 'gain_by_side']
+           'decomposition', 'gain_by_side', 'by_picture']
 
 # %% ../nbs/39_soft_measures.ipynb #608c864b
 import math
@@ -32,12 +32,14 @@ def error_cube(
     if not cube.isfinite().all(): raise DataError(f"{(~cube.isfinite()).sum()} of {cube.numel()} errors are not finite: the measures would be wrong", field="errors")
     return cube
 
-# %% ../nbs/39_soft_measures.ipynb #d37738d7
+# %% ../nbs/39_soft_measures.ipynb #6a0a2c40
+def _picture_nats(scores: Tensor) -> Tensor: return math.log(len(scores)) + scores.double().log_softmax(1).diagonal()   # [image]
+
 def information_bound(
     scores: Float[Tensor, "image text"],   # of any critic; matched pairs on the diagonal
 ) -> float:                                # nats; at most ln N
     "InfoNCE: $\\ln N$ minus the cross-entropy of the right caption."
-    return math.log(len(scores)) + scores.double().log_softmax(1).diagonal().mean().item()
+    return _picture_nats(scores).mean().item()
 
 def critic_bound(
     cube: Float[Tensor, "draw image text"],   # from `error_cube`
@@ -49,7 +51,7 @@ def critic_bound(
     rows = [(t, information_bound(contrast.scores(e, t / 1000)), cap) for t, e in zip(timesteps, cube, strict=True)]
     return pd.DataFrame(rows, columns=["timestep", "nats", "cap"])
 
-# %% ../nbs/39_soft_measures.ipynb #a1237677
+# %% ../nbs/39_soft_measures.ipynb #aa2cbf54
 def likelihood_scores(
     cube: Float[Tensor, "draw image text"],   # one slice a grid point, in increasing time
     a: Float[Tensor, " draw"],   # share of the signal at each, from `Backbone.mixture`
@@ -64,14 +66,17 @@ def likelihood_scores(
     errors = cube.double() * dims * (1 if prediction == "epsilon" else a.double()[:, None, None]**2)
     return torch.trapezoid(errors, snr, dim=0) / 2   # ln SNR falls along the grid, so the integral is negative
 
+def _likelihood(backbone: Backbone, cube: Tensor, timesteps: list[int]) -> Tensor:   # [image, text]
+    a, s = (x.flatten().float().cpu() for x in backbone.mixture(torch.tensor(timesteps)))
+    return likelihood_scores(cube, a, s, backbone.prediction, math.prod(backbone.shape))
+
 def likelihood_bound(
     backbone: Backbone,                        # that made the cube
     cube: Float[Tensor, "draw image text"],    # one slice a timestep
     timesteps: list[int],                      # increasing
 ) -> float:                                    # nats
     "M2: the bound of the likelihood critic on a grid of timesteps."
-    a, s = (x.flatten().float().cpu() for x in backbone.mixture(torch.tensor(timesteps)))
-    return information_bound(likelihood_scores(cube, a, s, backbone.prediction, math.prod(backbone.shape)))
+    return information_bound(_likelihood(backbone, cube, timesteps))
 
 # %% ../nbs/39_soft_measures.ipynb #20ad85d4
 def right_share(
@@ -114,3 +119,17 @@ def gain_by_side(
     keys = ["bucket", "image"]
     if not before[keys].equals(after[keys]): raise DataError("the two decompositions are of other buckets or pictures: use one grid and one order for both models")
     return before[keys].assign(pull=before.matched - after.matched, push=after.mismatched - before.mismatched, gain=after.margin - before.margin)
+
+# %% ../nbs/39_soft_measures.ipynb #4ebc10a1
+def by_picture(
+    backbone: Backbone,                       # that made the cube
+    cube: Float[Tensor, "draw image text"],   # from `error_cube`
+    timesteps: list[int],                     # of its slices, increasing
+    contrast: Contrast = Contrast(),          # kappa and tau of the training
+) -> pd.DataFrame:                            # measure (nats, matched, mismatched, right; at "all" right and likelihood_nats), timestep, image, value
+    "M1 to M4 of each picture."
+    parts = [("likelihood_nats", "all", _picture_nats(_likelihood(backbone, cube, timesteps))), ("right", "all", right_share(cube.mean(0)))]
+    for t, e in zip(timesteps, cube.double(), strict=True):
+        matched = e.diagonal()
+        parts += [("nats", str(t), _picture_nats(contrast.scores(e, t / 1000))), ("matched", str(t), matched), ("mismatched", str(t), (e.sum(1) - matched) / (len(e) - 1)), ("right", str(t), right_share(e))]
+    return pd.concat([pd.DataFrame(dict(measure=m, timestep=t, image=range(len(v)), value=np.asarray(v))) for m, t, v in parts], ignore_index=True)
