@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['KIND_NAMES', 'KIND_COLORS', 'METHOD_NAMES', 'METHOD_COLORS', 'EDITOR_NAMES', 'SET_NAMES', 'TRUTH', 'METRIC_NAMES',
            'DIGITS', 'prompt_sets', 'soft_scores', 'soft_edits', 'read_arrays', 'read_pictures', 'trained_parts',
-           'part_shapes', 'soft_cells', 'frechet_cells', 'printed_cells', 'printed_notes', 'soft_note', 'not_run_kinds',
-           'here', 'trained_measures', 'picture_values', 'change', 'level', 'timesteps', 'oracle_marks', 'picture_grid',
-           'places']
+           'part_shapes', 'token_sections', 'soft_cells', 'frechet_cells', 'printed_cells', 'printed_notes',
+           'soft_note', 'moved', 'not_run_kinds', 'here', 'trained_measures', 'picture_values', 'change', 'level',
+           'timesteps', 'oracle_marks', 'picture_grid', 'places']
 
 # %% ../nbs/59_soft_tables.ipynb #409ec961
 import json, math, textwrap
@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/59_soft_tables.ipynb #a069d69a
-from .alignment_tables import item_differences, metric_means, save_not_run, signed, study_blocks, verdict
+# %% ../nbs/59_soft_tables.ipynb #4932885d
+from .alignment_tables import item_differences, metric_means, verdict
 from .core import DataError, check_scale, out_dir
 from .frechet import frechet_distance, rank_note
-from .plots import evenly_spaced, put_image, save_figure, set_style, sheet, title
+from .plots import evenly_spaced, put_image, set_style, sheet
 from .results import COLUMNS, load_scores, paired_interval, published
 from .soft_methods import KINDS
 from .tables import NOT_RUN, make_cells
@@ -49,7 +49,7 @@ def prompt_sets(
     "The official sets at scale `paper`, their scene twins elsewhere."
     return ("coco", "geneval") if check_scale(scale) == "paper" else ("coco-scenes", "geneval-scenes")
 
-# %% ../nbs/59_soft_tables.ipynb #9fc27aa6
+# %% ../nbs/59_soft_tables.ipynb #25eb04b0
 def _score_files(folder: Path, name: str, kept: str) -> pd.DataFrame:   # frames of all files; `name` is what their names begin with, `kept` a setting of their runs
     parts = [(f.stem.partition("-")[0], load_scores(f)) for f in sorted(folder.glob("*.parquet"))]
     frames = [s.frame.assign(**{name: first, kept: s.runs[0].config[kept]}) for first, s in parts]
@@ -94,12 +94,20 @@ def trained_parts(
     order = {k: i for i, k in enumerate(KINDS)}
     return pd.DataFrame(rows, columns=["kind", "training", "seed", "kept", "last", "size", "tokens", "config"]).sort_values("kind", key=lambda k: k.map(order), kind="stable", ignore_index=True)
 
+def _header(file: str | Path) -> dict[str, Any]:   # of a safetensors file
+    with open(file, "rb") as f: return json.loads(f.read(int.from_bytes(f.read(8), "little")))
+
 def part_shapes(
     file: str | Path,   # .safetensors
 ) -> dict[str, tuple[int, ...]]:
-    "Shapes in a safetensors file, from its header."
-    with open(file, "rb") as f: header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    "Shapes in a safetensors file."
+    return {name: tuple(entry["shape"]) for name, entry in _header(file).items() if name != "__metadata__"}
+
+def token_sections(
+    file: str | Path,   # soft_tokens.safetensors
+) -> list[str]:         # of "down", "mid", "up"; empty for SD3
+    "Parts of a UNet that read the tokens."
+    return [s for s in _header(file).get("__metadata__", {}).get("sections", "").split(",") if s]
 
 # %% ../nbs/59_soft_tables.ipynb #6bcd6a95
 def soft_cells(
@@ -158,7 +166,7 @@ def printed_notes(
     found = found[[table in tables.split() for tables in found.column]]
     return " ".join(f"({i}) {name[0].upper() + name[1:]}: {text}" for i, (name, text) in enumerate(zip(found.row, found.note), 1))
 
-# %% ../nbs/59_soft_tables.ipynb #29f4f735
+# %% ../nbs/59_soft_tables.ipynb #635b59fe
 def soft_note(
     frame: pd.DataFrame,   # of `soft_scores` or `soft_edits`
     unit: str = "prompt",  # or "edit"
@@ -170,6 +178,12 @@ def soft_note(
     many = frame[frame.variant == "soft"].train_seed.nunique() > 1
     seeds = f"training seeds {', '.join(map(str, sorted(frame.train_seed.unique())))}" + (" (SoftREPA: their mean)" if many else "")
     return "; ".join(parts) + f"; {seeds}. One picture a {unit}, from the same noise for every method. Intervals: 95 % paired bootstrap over {unit}s, 10,000 resamples; they speak of new {unit}s for these trained tokens."
+
+def moved(
+    g: Any,   # with low and high
+) -> str:     # "rises", "falls" or "does not clearly move"
+    "The verb for a difference of something."
+    return {"raises": "rises", "lowers": "falls"}.get(word := verdict(g.low, g.high), word)
 
 def not_run_kinds(
     frame: pd.DataFrame,   # with a column kind
