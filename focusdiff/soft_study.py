@@ -24,7 +24,7 @@ from .soft_methods import EDITORS, training
 from .softrepa import SoftTokens, is_mmdit, make_soft_tokens
 from .zoo import file_sums
 
-# %% ../nbs/49_soft_study.ipynb #4d503bb0
+# %% ../nbs/49_soft_study.ipynb #c6c6b2d1
 @dataclasses.dataclass
 class SoftStudy:
     "Checkpoints and sizes of a scale; the defaults are those of scale `paper`."
@@ -53,7 +53,7 @@ _same = lambda n: dict.fromkeys(("sd", "sdxl", "sd3"), n)
 STUDIES = {
     "paper": SoftStudy(),
     "small": SoftStudy(**_ZOO, batch=_same(16), steps=_same(1000), settings=dict(period=100, micro_batch=64, skip=1e-3), captions=20_000, probe=64, probe_every=100, pairs=64),
-    "tiny": SoftStudy(**_ZOO, batch=_same(6), steps=_same(60), settings=dict(period=10, micro_batch=36, skip=1e-3), captions=480, probe=16, probe_every=30, pairs=16, grid=tuple(range(100, 1000, 200)), every=4, identity=8),
+    "tiny": SoftStudy(**_ZOO, batch=_same(6), steps=_same(60), settings=dict(period=10, micro_batch=36, skip=1e-3), captions=480, probe=12, probe_every=30, pairs=16, grid=tuple(range(100, 1000, 200)), every=4, identity=6),
     "smoke": SoftStudy(**_ZOO, batch=_same(2), steps=_same(2), settings=dict(period=1, micro_batch=4), captions=8, probe=2, probe_every=1, pairs=2, grid=(300, 700), every=40, identity=2),
 }
 

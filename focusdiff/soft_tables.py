@@ -49,7 +49,7 @@ def prompt_sets(
     "The official sets at scale `paper`, their scene twins elsewhere."
     return ("coco", "geneval") if check_scale(scale) == "paper" else ("coco-scenes", "geneval-scenes")
 
-# %% ../nbs/59_soft_tables.ipynb #25eb04b0
+# %% ../nbs/59_soft_tables.ipynb #68023b92
 def _score_files(folder: Path, name: str, kept: str) -> pd.DataFrame:   # frames of all files; `name` is what their names begin with, `kept` a setting of their runs
     parts = [(f.stem.partition("-")[0], load_scores(f)) for f in sorted(folder.glob("*.parquet"))]
     frames = [s.frame.assign(**{name: first, kept: s.runs[0].config[kept]}) for first, s in parts]
@@ -69,6 +69,7 @@ def soft_edits(
     folders = sorted((out_dir(scale) / "soft_edits").glob("*"))
     return pd.concat([_score_files(f, "editor", "unreadable") for f in folders] or [pd.DataFrame(columns=[*COLUMNS, "editor", "unreadable"])], ignore_index=True)
 
+# %% ../nbs/59_soft_tables.ipynb #a8196170
 def read_arrays(
     file: str | Path,             # .npz below out/<scale>
     scale: str,                   # whose run this is
@@ -78,10 +79,17 @@ def read_arrays(
     if not path.exists(): return None
     with np.load(path) as content: return {k: content[k] for k in content}
 
-def read_pictures(benchmark: str, kind: str, variant: str, scale: str, seed: int = 42) -> dict[str, np.ndarray] | None:
-    "Pictures of a method: images, prompts, features, feature_id."
+def read_pictures(
+    benchmark: str,   # of `SET_NAMES`
+    kind: str,        # backbone
+    variant: str,     # of `METHOD_NAMES`
+    scale: str,       # whose run this is
+    seed: int = 42,   # of the run
+) -> dict[str, np.ndarray] | None:   # images, prompts, features, feature_id
+    "Pictures of a method."
     return read_arrays(f"soft_pictures/{benchmark}/{kind}-{variant}-{seed}.npz", scale)
 
+# %% ../nbs/59_soft_tables.ipynb #c7ea6d0d
 def trained_parts(
     scale: str,        # whose run this is
 ) -> pd.DataFrame:     # kind, training, seed, kept (the step of the tokens that were kept), last, size (trained numbers), tokens (shape [layer, token, channel], None for LoRA), config
@@ -94,6 +102,7 @@ def trained_parts(
     order = {k: i for i, k in enumerate(KINDS)}
     return pd.DataFrame(rows, columns=["kind", "training", "seed", "kept", "last", "size", "tokens", "config"]).sort_values("kind", key=lambda k: k.map(order), kind="stable", ignore_index=True)
 
+# %% ../nbs/59_soft_tables.ipynb #63448c5f
 def _header(file: str | Path) -> dict[str, Any]:   # of a safetensors file
     with open(file, "rb") as f: return json.loads(f.read(int.from_bytes(f.read(8), "little")))
 
@@ -109,7 +118,7 @@ def token_sections(
     "Parts of a UNet that read the tokens."
     return [s for s in _header(file).get("__metadata__", {}).get("sections", "").split(",") if s]
 
-# %% ../nbs/59_soft_tables.ipynb #6bcd6a95
+# %% ../nbs/59_soft_tables.ipynb #b63cb69e
 def soft_cells(
     frame: pd.DataFrame,         # scores of one backbone or editor
     rows: dict[str, str],        # method -> name of its row
@@ -131,6 +140,7 @@ def soft_cells(
                 cells.append(dict(place, row=f"{name}: over {rows[against[v]]}", value=g.difference, low=g.low, high=g.high, format=f"{{:+.{digits}f}}"))
     return make_cells(pd.DataFrame(cells, columns=None if cells else ["row", "column"]))
 
+# %% ../nbs/59_soft_tables.ipynb #5d942a57
 def frechet_cells(
     benchmark: str,         # with true pictures
     kind: str,              # backbone
@@ -147,6 +157,7 @@ def frechet_cells(
     note = f"Frechet: distance to the true pictures of the same prompts in the image tower of {true['feature_id']}, one value without an interval. " + (f"{few[0].upper()}{few[1:]}. " if few else "")
     return make_cells(pd.DataFrame([dict(section=section, row=rows[v], column="Frechet", value=d, format="{:.4f}") for v, d in far.items()])), note
 
+# %% ../nbs/59_soft_tables.ipynb #a7d6998e
 def printed_cells(
     table: str,                 # of the paper, such as "table1"
     section: str = "",          # heading of these rows
@@ -166,7 +177,7 @@ def printed_notes(
     found = found[[table in tables.split() for tables in found.column]]
     return " ".join(f"({i}) {name[0].upper() + name[1:]}: {text}" for i, (name, text) in enumerate(zip(found.row, found.note), 1))
 
-# %% ../nbs/59_soft_tables.ipynb #635b59fe
+# %% ../nbs/59_soft_tables.ipynb #de463efa
 def soft_note(
     frame: pd.DataFrame,   # of `soft_scores` or `soft_edits`
     unit: str = "prompt",  # or "edit"
@@ -179,6 +190,7 @@ def soft_note(
     seeds = f"training seeds {', '.join(map(str, sorted(frame.train_seed.unique())))}" + (" (SoftREPA: their mean)" if many else "")
     return "; ".join(parts) + f"; {seeds}. One picture a {unit}, from the same noise for every method. Intervals: 95 % paired bootstrap over {unit}s, 10,000 resamples; they speak of new {unit}s for these trained tokens."
 
+# %% ../nbs/59_soft_tables.ipynb #5237cc4d
 def moved(
     g: Any,   # with low and high
 ) -> str:     # "rises", "falls" or "does not clearly move"
@@ -200,7 +212,7 @@ def here(
     parts = {k: frame[frame.kind == k] for k in KINDS}
     return {k: f for k, f in parts.items() if len(f) and set(variants) <= set(f.variant)}
 
-# %% ../nbs/59_soft_tables.ipynb #1ca30fd5
+# %% ../nbs/59_soft_tables.ipynb #577e2ce6
 def trained_measures(
     scale: str,        # whose run this is
 ) -> pd.DataFrame:     # measure, timestep, image, value, tokens, kind, training, seed
@@ -220,6 +232,7 @@ def picture_values(
     if part.empty: raise DataError(f"no values of {measure!r} at timestep {timestep or 'any'}: train again with 66_train_soft", field="measure")
     return part.pivot_table(index="image", columns="tokens", values="value")
 
+# %% ../nbs/59_soft_tables.ipynb #0b5975a9
 def change(
     values: pd.DataFrame,   # of `picture_values`
     tokens: str = "last",   # "last": where training ended, "trained": those that were kept
@@ -236,9 +249,13 @@ def level(
     "Mean over pictures with its interval."
     return paired_interval(np.zeros(len(values)), values[tokens].to_numpy(float))
 
-def timesteps(measures: pd.DataFrame) -> list[str]: return sorted(set(measures.timestep) - {"all"}, key=int)   # of the grid
+def timesteps(
+    measures: pd.DataFrame,   # of `trained_measures`
+) -> list[str]:               # increasing
+    "The grid that they were measured on."
+    return sorted(set(measures.timestep) - {"all"}, key=int)
 
-# %% ../nbs/59_soft_tables.ipynb #198ba226
+# %% ../nbs/59_soft_tables.ipynb #ae68222f
 def oracle_marks(
     frame: pd.DataFrame,   # scores of one backbone
     variant: str,          # a method
@@ -249,8 +266,9 @@ def oracle_marks(
     found = own[own.judge == "oracle"]
     return [bool(v > 0.999) for v in found.score] if len(found) else [None] * own.case.nunique()
 
+# %% ../nbs/59_soft_tables.ipynb #93de4730
 def picture_grid(
-    rows: list[tuple[str, list[np.ndarray], list[bool | None]]],   # prompt, pictures, marks
+    rows: list[tuple[str, list[np.ndarray], list[bool | None]]],   # prompt, pictures, marks of each row
     columns: list[str],   # heading of each picture of a row
     blocks: int = 2,      # rows side by side
     size: float = 0.85,   # side of a picture, inches
