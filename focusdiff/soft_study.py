@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'SoftStudy', 'soft_config', 'new_part', 'implied', 'low_rank_targets', 'nearest_rank', 'LowRank',
-           'save_part', 'load_part', 'change_offsets', 'digest', 'already_made', 'readable', 'caption_items',
-           'distinct_pairs', 'edit_images']
+           'save_part', 'load_part', 'change_offsets', 'digest', 'already_made', 'readable', 'asked_prompts',
+           'caption_items', 'distinct_pairs', 'edit_images']
 
 # %% ../nbs/49_soft_study.ipynb #9e56969d
 import dataclasses, hashlib, json
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/49_soft_study.ipynb #f85525f0
+# %% ../nbs/49_soft_study.ipynb #f544cf0c
 from . import scenes as world
+from .alignment_sets import SETS, load_alignment_set
+from .benchmarks import load_benchmark
 from .contrastive import CaptionedImage, Contrast, SoftREPAConfig
 from .core import ConfigError, DataError, Run, check_scale, derive_seed, make_config, write_atomic
 from .diffusion import Backbone, Denoising
@@ -179,7 +181,7 @@ def already_made(
     "Whether a file of scores is of the same settings, code and files."
     return Path(file).exists() and [r.config for r in load_scores(file).runs] == [json.loads(json.dumps(run.config))]
 
-# %% ../nbs/49_soft_study.ipynb #e560444a
+# %% ../nbs/49_soft_study.ipynb #7e9a3124
 def readable(
     backbone: Backbone,   # whose context is the limit
     texts: list[str],     # captions
@@ -187,10 +189,15 @@ def readable(
     "Whether all captions fit into the text tower."
     return all(len(ids) <= backbone.context for ids in backbone.pipe.tokenizer(texts, verbose=False)["input_ids"])
 
+def asked_prompts() -> frozenset[str]:   # of the scene twins that pictures are painted for
+    "Captions that the tables ask for."
+    return frozenset(i.prompt for items in (*(load_alignment_set(name) for name in SETS), load_benchmark("geneval-scenes")) for i in items)
+
 def caption_items(
     n: int,               # how many
     backbone: Backbone,   # that reads them
     name: str = "train",  # part of the seed: "train", "probe" or "pairs"
+    without: frozenset[str] = frozenset(),   # captions that must not appear
 ) -> list[CaptionedImage]:
     "Random scenes with two captions each; held-out combinations never appear."
     chosen, i = [], 0
@@ -198,16 +205,17 @@ def caption_items(
         rng, i = np.random.default_rng(derive_seed("soft captions", name, i)), i + 1
         scene = world.sample_scene(rng)
         captions = tuple(world.caption_scene(scene, rng) for _ in range(2))
-        if readable(backbone, list(captions)): chosen.append(CaptionedImage(captions, world.render([scene])[0]))
+        if readable(backbone, list(captions)) and without.isdisjoint(captions): chosen.append(CaptionedImage(captions, world.render([scene])[0]))
     return chosen
 
 def distinct_pairs(
     n: int,               # how many
     backbone: Backbone,   # that reads them
+    without: frozenset[str] = frozenset(),   # captions that must not appear
 ) -> list[CaptionedImage]:
     "Held-out pairs in which no caption is implied by another picture's, so that each picture has one right answer."
     chosen = []
-    for item in caption_items(20 * n, backbone, "pairs"):
+    for item in caption_items(20 * n, backbone, "pairs", without):
         if len(chosen) == n: break
         if not any(implied(item.captions[0], c.captions[0]) or implied(c.captions[0], item.captions[0]) for c in chosen): chosen.append(item)
     return chosen
