@@ -26,7 +26,7 @@ from .soft_methods import EDITORS, training
 from .softrepa import SoftTokens, is_mmdit, make_soft_tokens
 from .zoo import file_sums
 
-# %% ../nbs/49_soft_study.ipynb #c69c69d3
+# %% ../nbs/49_soft_study.ipynb #c6c6b2d1
 @dataclasses.dataclass
 class SoftStudy:
     "Checkpoints and sizes of a scale; the defaults are those of scale `paper`."
@@ -36,7 +36,6 @@ class SoftStudy:
     batch: dict = dataclasses.field(default_factory=lambda: dict(sd=8, sdxl=16, sd3=4))                # pictures a step
     steps: dict = dataclasses.field(default_factory=lambda: dict(sd=26_000, sdxl=30_000, sd3=30_000))  # of training
     soft: dict = dataclasses.field(default_factory=dict)      # kind -> changes of the published `SoftConfig`
-    lr: dict = dataclasses.field(default_factory=dict)        # kind -> learning rate, if not the paper's
     settings: dict = dataclasses.field(default_factory=dict)  # changes of `SoftREPAConfig`
     captions: int = 118_287   # training pictures
     probe: int = 50           # held-out prompts of the early stopping
@@ -53,14 +52,14 @@ class SoftStudy:
 _ZOO = dict(backbones=dict(sd="tiny-sd", sdxl="tiny-sdxl", sd3="tiny-sd3"), how=dict(sd=Denoising(20, 3.0), sdxl=Denoising(20, 3.0), sd3=Denoising(20, 3.0, "own")), soft=dict(sd3=dict(layers=2)), clip="tiny-clip",
             editors=dict(pnp=PnP(10, 16), masactrl=MasaCtrl(2, 6)), edit_steps=20)
 _same = lambda n: dict.fromkeys(("sd", "sdxl", "sd3"), n)
-STUDIES = {   # at scale tiny the tokens of SD have a hundred steps to go as far as in tens of thousands, so they take larger ones; and each row begins elsewhere, or all would stay one token
+STUDIES = {
     "paper": SoftStudy(),
     "small": SoftStudy(**_ZOO, batch=_same(16), steps=_same(1000), settings=dict(period=100, micro_batch=64, skip=1e-3), captions=20_000, probe=64, probe_every=100, pairs=64),
-    "tiny": SoftStudy(**{**_ZOO, "soft": {**_ZOO["soft"], "sd": dict(jitter=0.5)}}, batch=_same(6), steps={**_same(60), "sd": 100}, lr=dict(sd=0.1), settings=dict(period=10, micro_batch=36, skip=1e-3), captions=480, probe=12, probe_every=50, pairs=24, grid=tuple(range(100, 1000, 200)), every=4, identity=6),
+    "tiny": SoftStudy(**_ZOO, batch=_same(6), steps=_same(60), settings=dict(period=10, micro_batch=36, skip=1e-3), captions=480, probe=12, probe_every=30, pairs=16, grid=tuple(range(100, 1000, 200)), every=4, identity=6),
     "smoke": SoftStudy(**_ZOO, batch=_same(2), steps=_same(2), settings=dict(period=1, micro_batch=4), captions=8, probe=2, probe_every=1, pairs=2, grid=(300, 700), every=40, identity=2),
 }
 
-# %% ../nbs/49_soft_study.ipynb #22b287eb
+# %% ../nbs/49_soft_study.ipynb #61c59e40
 def soft_config(
     scale: str,      # one of `core.SCALES`
     kind: str,       # backbone
@@ -71,7 +70,7 @@ def soft_config(
     "The settings of a training; an unknown name is a `ConfigError`."
     study, wanted = STUDIES[check_scale(scale)], training(name, kind)
     contrast = make_config(Contrast, **{"dsm": 0.0 if kind == "sd3" else 10.0, **wanted.contrast})
-    return make_config(SoftREPAConfig, **{"contrast": contrast, "max_steps": study.steps[kind], **({"lr": study.lr[kind]} if kind in study.lr else {}), **study.settings, **wanted.settings, "seed": seed, **changes})
+    return make_config(SoftREPAConfig, **{"contrast": contrast, "max_steps": study.steps[kind], **study.settings, **wanted.settings, "seed": seed, **changes})
 
 def new_part(
     backbone: Backbone,   # that is to be trained for
