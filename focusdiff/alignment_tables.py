@@ -192,7 +192,7 @@ def add_cells(
     both = pd.concat([extra, cells], ignore_index=True) if len(extra) else cells
     return both.sort_values("row", kind="stable", key=lambda r: r.map(order.index))
 
-# %% ../nbs/58_alignment_tables.ipynb #48a5c59a
+# %% ../nbs/58_alignment_tables.ipynb #950daec7
 def published_cells(
     table: str,        # "table1", "table2", "table3"
 ) -> pd.DataFrame:     # one row a cell, sections are the sets
@@ -202,10 +202,11 @@ def published_cells(
     return make_cells(pd.DataFrame(dict(section=sets, row=parts.row, column=column, value=parts.value, format=np.where(column == "Alignment", "{:.2f} %", "{:.4f}"))), block="published")
 
 def paper_notes(
-    table: str,   # "1", "2" or "3"
-) -> str:         # "(1) name: text (2) ..."
-    "What we could not reconcile in a published table."
-    found = published("realigndiff", "notes")
+    table: str,   # "1", "2" or "3"; SoftREPA's have names
+    paper: str = "realigndiff",   # or "softrepa"
+) -> str:         # "(1) Name: text (2) ..."
+    "What to know about a published table, and what we could not reconcile."
+    found = published(paper, "notes")
     found = found[[table in numbers.split() for numbers in found.column]]
     return " ".join(f"({i}) {name[0].upper() + name[1:]}: {text}" for i, (name, text) in enumerate(zip(found.row, found.note), 1))
 

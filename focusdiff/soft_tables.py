@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/59_soft_tables.ipynb #4932885d
-from .alignment_tables import item_differences, metric_means, verdict
+# %% ../nbs/59_soft_tables.ipynb #11883b15
+from .alignment_tables import item_differences, metric_means, paper_notes, verdict
 from .core import DataError, check_scale, out_dir
 from .frechet import frechet_distance, rank_note
 from .plots import evenly_spaced, put_image, set_style, sheet
@@ -157,7 +157,7 @@ def frechet_cells(
     note = f"Frechet: distance to the true pictures of the same prompts in the image tower of {true['feature_id']}, one value without an interval. " + (f"{few[0].upper()}{few[1:]}. " if few else "")
     return make_cells(pd.DataFrame([dict(section=section, row=rows[v], column="Frechet", value=d, format="{:.4f}") for v, d in far.items()])), note
 
-# %% ../nbs/59_soft_tables.ipynb #a7d6998e
+# %% ../nbs/59_soft_tables.ipynb #8fd4ec22
 def printed_cells(
     table: str,                 # of the paper, such as "table1"
     section: str = "",          # heading of these rows
@@ -173,11 +173,9 @@ def printed_notes(
     table: str,   # of the paper
 ) -> str:         # "(1) Units: ... (2) ..."
     "What to know about a published table."
-    found = published("softrepa", "notes")
-    found = found[[table in tables.split() for tables in found.column]]
-    return " ".join(f"({i}) {name[0].upper() + name[1:]}: {text}" for i, (name, text) in enumerate(zip(found.row, found.note), 1))
+    return paper_notes(table, "softrepa")
 
-# %% ../nbs/59_soft_tables.ipynb #de463efa
+# %% ../nbs/59_soft_tables.ipynb #3dcb906c
 def soft_note(
     frame: pd.DataFrame,   # of `soft_scores` or `soft_edits`
     unit: str = "prompt",  # or "edit"
@@ -188,7 +186,7 @@ def soft_note(
     parts = [f"{m} on {SET_NAMES[b]}: n = {f.case.nunique()} {unit}s" + (f" ({f.unreadable.max()} are too long for it and left out)" if f.unreadable.max() else "") for (b, m), f in by]
     many = frame[frame.variant == "soft"].train_seed.nunique() > 1
     seeds = f"training seeds {', '.join(map(str, sorted(frame.train_seed.unique())))}" + (" (SoftREPA: their mean)" if many else "")
-    return "; ".join(parts) + f"; {seeds}. One picture a {unit}, from the same noise for every method. Intervals: 95 % paired bootstrap over {unit}s, 10,000 resamples; they speak of new {unit}s for these trained tokens."
+    return "; ".join(parts) + f"; {seeds}. One picture for each {unit}, from the same noise for every method. Intervals: 95 % paired bootstrap over {unit}s, 10,000 resamples; they speak of new {unit}s for these trained tokens."
 
 # %% ../nbs/59_soft_tables.ipynb #5237cc4d
 def moved(
