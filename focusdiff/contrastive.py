@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'Contrast', 'contrastive_loss', 'pair_weights', 'allowed_pairs', 'Draw', 'make_draw', 'pair_errors',
-           'error_matrix', 'Gradient', 'heavy_pairs', 'two_pass', 'one_pass', 'SoftREPAConfig', 'contrastive_step',
-           'CaptionedImage', 'CaptionLoader', 'SoftREPA', 'HeldOut']
+           'error_matrix', 'Gradient', 'two_pass', 'one_pass', 'SoftREPAConfig', 'contrastive_step', 'CaptionedImage',
+           'CaptionLoader', 'SoftREPA', 'HeldOut']
 
 # %% ../nbs/38_contrastive.ipynb #38ab6912
 import dataclasses, math
@@ -131,7 +131,7 @@ def error_matrix(
     pairs = torch.arange(len(latents) * len(condition), device=latents.device)
     return torch.cat([pair_errors(backbone, latents, condition, draw, chunk) for chunk in pairs.split(micro_batch)]).reshape(len(latents), len(condition))
 
-# %% ../nbs/38_contrastive.ipynb #4e853a59
+# %% ../nbs/38_contrastive.ipynb #d029dccf
 @dataclasses.dataclass
 class Gradient:
     "What a step computed."
@@ -139,16 +139,9 @@ class Gradient:
     errors: Float[Tensor, "image text"]    # own pictures under all captions
     weights: Float[Tensor, "image text"]   # their W
     grads: list[Tensor]                    # one a parameter
-    pairs: int                             # that had a second pass
+    pairs: int                             # that it is made of
 
-def heavy_pairs(
-    weights: Float[Tensor, "image text"],   # W
-    skip: float,                            # share of the sum of |W| that may be left out
-) -> Int[Tensor, " pair"]:                  # in order
-    "The pairs that need a second pass."
-    size, order = weights.abs().flatten().double().sort()
-    light = size.cumsum(0) <= skip * size.sum()
-    return order[~light].sort().values
+def _norm(grads: tuple | list) -> float: return torch.stack([g.double().norm() for g in grads]).norm().item()
 
 def two_pass(
     backbone: Backbone,   # as in `pair_errors`
@@ -158,33 +151,37 @@ def two_pass(
     params: list[Tensor], # that want a gradient
     weigh: Callable[[Tensor], tuple[Tensor, Tensor]],   # errors -> loss and W, see `pair_weights`
     micro_batch: int = 16,# pairs at a time
-    skip: float = 0.0,    # see `heavy_pairs`
+    tolerance: float = 0.0,   # of the gradient's norm, that the pairs left out may be expected to add
 ) -> Gradient:
     "Loss and gradient with the memory of one micro-batch."
+    if len(latents) * len(condition) <= micro_batch: return one_pass(backbone, latents, condition, draw, params, weigh)
     errors = error_matrix(backbone, latents, condition, draw, micro_batch)
     loss, weights = weigh(errors)
-    grads, heavy = [torch.zeros_like(p) for p in params], heavy_pairs(weights, skip)
-    for chunk in heavy.split(micro_batch):
-        if not len(chunk): continue
+    size, order = weights.abs().flatten().double().sort(descending=True, stable=True)
+    order, left, pairs = order[size > 0], size.sum().item(), 0
+    grads = [torch.zeros_like(p) for p in params]
+    for chunk in order.split(micro_batch) if len(order) else ():
         found = torch.autograd.grad(weights.flatten()[chunk] @ pair_errors(backbone, latents, condition, draw, chunk), params)
         for g, new in zip(grads, found): g += new
-    return Gradient(loss, errors, weights, grads, len(heavy))
+        own, pairs = weights.flatten()[chunk].abs().sum().item(), pairs + len(chunk)
+        left -= own
+        if tolerance and _norm(found) * left <= tolerance * _norm(grads) * own: break
+    return Gradient(loss, errors, weights, grads, pairs)
 
-# %% ../nbs/38_contrastive.ipynb #b43dae88
+# %% ../nbs/38_contrastive.ipynb #4b065eb4
 def one_pass(
     backbone: Backbone,   # as in `pair_errors`
     latents: Float[Tensor, "image channel height width"],   # clean
     condition: Condition, # captions
     draw: Draw,           # timestep and noise
     params: list[Tensor], # that want a gradient
-    loss: Callable[[Tensor], Tensor],   # of the error matrix
+    weigh: Callable[[Tensor], tuple[Tensor, Tensor]],   # errors -> loss and W, see `pair_weights`
 ) -> Gradient:
-    "The same by plain autograd, all pairs at once: the reference for tests and timings."
+    "The same with all pairs at once."
     pairs = torch.arange(len(latents) * len(condition), device=latents.device)
     errors = pair_errors(backbone, latents, condition, draw, pairs).reshape(len(latents), len(condition))
-    value = loss(errors)
-    weights, *grads = torch.autograd.grad(value, [errors, *params])
-    return Gradient(value.detach(), errors.detach(), weights, list(grads), len(pairs))
+    loss, weights = weigh(errors.detach())
+    return Gradient(loss, errors.detach(), weights, list(torch.autograd.grad(errors, params, weights)), len(pairs))
 
 # %% ../nbs/38_contrastive.ipynb #a91a259d
 def _world(together: bool) -> tuple[int, int]:   # rank, devices that share a batch
@@ -203,24 +200,26 @@ def _collect_captions(captions: list[str], world: int) -> list[str]:
     if len({len(p) for p in parts}) > 1: raise DataError(f"the devices hold batches of {[len(p) for p in parts]}: negatives across devices need equal sizes")
     return [c for p in parts for c in p]
 
-# %% ../nbs/38_contrastive.ipynb #d020f92e
+# %% ../nbs/38_contrastive.ipynb #ba6f677d
 @dataclasses.dataclass
 class SoftREPAConfig:
     "Settings of the training; the defaults are the paper's for SD3."
     contrast: Contrast = Contrast()   # SD1.5 and SDXL: Contrast(dsm=10.0)
     lr: float = 1e-3               # AdamW
+    offset_rate: float = 1.0       # share of the rate for time offsets (official: all of it)
     weight_decay: float = 1e-4     # of AdamW
     period: int = 2500             # steps between two changes of the rate; a cosine has ten (official: one per validation)
     lr_min: float = 1e-5           # end of the cosine (official code)
     micro_batch: int = 16          # pairs at a time
-    skip: float = 0.0              # share of the weights whose pairs get no second pass
+    tolerance: float = 0.0         # of the gradient's norm, for leaving out light pairs; 0: none
     cross_device: bool = True      # captions of other devices are negatives too (official: no)
     shared_draw: bool = True       # one timestep and noise for all devices (official: the same seed everywhere)
     max_steps: int = 30_000        # optimizer steps (SD1.5: 26,000)
     seed: int = 42                 # of timesteps, noises and captions
 
     def __post_init__(self):
-        if not 0 <= self.skip < 1: raise ConfigError(f"skip must be from 0 to below 1, got {self.skip}")
+        if not 0 <= self.tolerance < 1: raise ConfigError(f"tolerance must be from 0 to below 1, got {self.tolerance}")
+        if not self.offset_rate >= 0: raise ConfigError(f"offset_rate must be at least 0, got {self.offset_rate}")
         if self.micro_batch < 1 or self.period < 1: raise ConfigError(f"micro_batch is {self.micro_batch} and period {self.period}: both must be at least 1")
         if self.contrast.symmetric and self.cross_device and not self.shared_draw: raise ConfigError("symmetric compares pictures under one caption: they need one timestep and noise; set shared_draw=True or cross_device=False")
 
@@ -231,7 +230,7 @@ class SoftREPAConfig:
         "Learning rate: a cosine in ten stairs that starts again (official code)."
         return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * (step // self.period % 10) / 10)) / 2
 
-# %% ../nbs/38_contrastive.ipynb #84ec713c
+# %% ../nbs/38_contrastive.ipynb #edc66c31
 def contrastive_step(
     backbone: Backbone,    # frozen
     tokens: torch.nn.Module,   # trained: `SoftTokens`, or another part with `inside`
@@ -250,7 +249,7 @@ def contrastive_step(
     def weigh(errors: Tensor) -> tuple[Tensor, Tensor]:
         value, weights = pair_weights(_collect(errors, world), lambda e: contrastive_loss(e, config.contrast, allowed, share))
         return value, weights[rank * n:(rank + 1) * n] * world
-    with tokens.inside(backbone): step = two_pass(backbone, latents, condition, draw, list(tokens.parameters()), weigh, config.micro_batch, config.skip)
+    with tokens.inside(backbone): step = two_pass(backbone, latents, condition, draw, list(tokens.parameters()), weigh, config.micro_batch, config.tolerance)
     own = torch.eye(len(everyone), dtype=torch.bool, device=latents.device)[rank * n:(rank + 1) * n]
     used = allowed[rank * n:(rank + 1) * n]
     errors = step.errors.masked_fill(~used, math.inf)
@@ -304,7 +303,7 @@ class CaptionLoader:
 
     def _identity(self) -> dict[str, int]: return dict(records=len(self.items), records_per_step=self.per_step, seed=self.seed)
 
-# %% ../nbs/38_contrastive.ipynb #738ed324
+# %% ../nbs/38_contrastive.ipynb #4275bc85
 class SoftREPA(StepModule):
     "Contrastive training of soft tokens."
     def __init__(
@@ -321,7 +320,8 @@ class SoftREPA(StepModule):
 
     def configure_optimizers(self) -> Any:
         c = self.config
-        optimizer = torch.optim.AdamW(self.tokens.parameters(), lr=c.lr, weight_decay=c.weight_decay)
+        groups = [dict(params=[p], lr=c.lr * (c.offset_rate if name == "offsets" else 1)) for name, p in self.tokens.named_parameters()]
+        optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: c.rate(step) / c.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
