@@ -45,7 +45,7 @@ SOFT = {
     "smoke": dict(trainings={"sd": ["soft"]}, sets=("coco-scenes",), edit_sets=EDITS[:1], editors=("pnp_direct",)),
 }
 
-SECONDS = {"66_train_soft": 70, "67_soft_generate": 90, "72_soft_edit": 60, "64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+SECONDS = {"66_train_soft": 100, "67_soft_generate": 90, "72_soft_edit": 60, "64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
 
 # What a report reads, if it is not everything of its paper: "pairs", "training", "align", "coarse", "soft", or the name of a benchmark. A report on what a scale does not have is left out there.
 # RealignDiff's reports (r01 and on) read "align", the pictures and scores on its three sets; SoftREPA's (s01 and on) read "soft", its trainings, pictures and edits.
@@ -192,8 +192,11 @@ rule paint:
     resources: seconds=int(SECONDS["65_paint"] * SPEED)
     shell: EXECUTE + " -p variant {wildcards.method} -p seed {ALIGN_SEED} -p benchmark {wildcards.benchmark}"
 
+def shelved(wildcards):
+    return sorted(map(str, Path(f"data/soft/{SCALE}/{wildcards.kind}-{wildcards.training}-{wildcards.seed}").glob("*")))
+
 rule train_soft:
-    input: ZOO, notebook=experiment("66_train_soft")
+    input: ZOO, shelved, notebook=experiment("66_train_soft")
     output:
         run=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/run.json",
         part=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/part.safetensors",

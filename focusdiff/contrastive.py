@@ -339,7 +339,7 @@ class SoftREPA(StepModule):
         carrier = sum((p * g).sum() for p, g in zip(self.tokens.parameters(), step.grads))
         return step.loss + carrier - carrier.detach()
 
-# %% ../nbs/38_contrastive.ipynb #522a50ec
+# %% ../nbs/38_contrastive.ipynb #e461b780
 class HeldOut(Callback):
     "Early stopping on a score of held-out prompts."
     def __init__(
@@ -354,17 +354,18 @@ class HeldOut(Callback):
     def _look(self, trainer: Any, module: SoftREPA) -> None:
         value = float(self.score())
         if not math.isfinite(value): raise DataError(f"the score of the held-out prompts is {value} at step {trainer.global_step}: mask and count failed items in it")
-        if not self.history or value > max(v for _, v in self.history): self.best = {k: v.detach().cpu().clone() for k, v in module.tokens.state_dict().items()}
         self.history.append([trainer.global_step, value])
+        if self._peak() is self.history[-1]: self.best = {k: v.detach().cpu().clone() for k, v in module.tokens.state_dict().items()}
         self._judge(trainer)
 
+    def _peak(self) -> list: return max(self.history[1:] or self.history, key=lambda look: look[1])   # [step, score]; untrained tokens are there to compare with
+
     def _judge(self, trainer: Any) -> None:
-        values = [v for _, v in self.history]
-        if len(values) - 1 - values.index(max(values)) >= self.patience: trainer.should_stop = True
+        if len(self.history) - 1 - self.history.index(self._peak()) >= self.patience: trainer.should_stop = True
 
     def on_train_start(self, trainer: Any, module: SoftREPA) -> None:
         if self.history: self._judge(trainer)   # resumed, perhaps after it had stopped
-        else: self._look(trainer, module)       # untrained tokens count: training may only do harm
+        else: self._look(trainer, module)
 
     def on_train_batch_end(self, trainer: Any, module: SoftREPA, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and self.history[-1][0] != trainer.global_step: self._look(trainer, module)
@@ -375,7 +376,7 @@ class HeldOut(Callback):
     ) -> int:                      # optimizer step they are from
         "Put the best tokens back."
         tokens.load_state_dict(self.best)
-        return max(self.history, key=lambda seen: seen[1])[0]
+        return self._peak()[0]
 
     def state_dict(self) -> dict: return dict(history=self.history, best=self.best)
     def load_state_dict(self, state: dict) -> None: self.history, self.best = state["history"], state["best"]

@@ -170,7 +170,7 @@ def change_offsets(
     fresh = 0.02 * torch.randn(tokens.offsets.shape, generator=torch.Generator().manual_seed(seed)) * (how == "random")
     return SoftTokens(tokens.tokens.detach(), fresh.to(tokens.tokens.device), tokens.sections)
 
-# %% ../nbs/49_soft_study.ipynb #faaceb25
+# %% ../nbs/49_soft_study.ipynb #73af9567
 SHELF = "data/soft"
 
 def training_inputs(
@@ -185,7 +185,7 @@ def training_inputs(
 def _comparable(settings: dict) -> str: return json.dumps({k: v for k, v in settings.items() if k != "code"}, sort_keys=True, default=str)
 
 def put_away(
-    name: str,              # backbone-training-seed
+    name: str,              # scale/backbone-training-seed
     run_dir: str | Path,    # of the trainer, see `training.fit`
     shelf: str | Path | None = None,   # default: `SHELF` of the repository
 ) -> Path:                  # its place on the shelf
@@ -195,7 +195,7 @@ def put_away(
     return place
 
 def take_up(
-    name: str,              # backbone-training-seed
+    name: str,              # scale/backbone-training-seed
     run_dir: str | Path,    # of the trainer
     settings: dict,         # what `training.fit` will be given
     shelf: str | Path | None = None,   # default: `SHELF` of the repository
