@@ -64,8 +64,16 @@ def report_needs(stem, default): return REPORT_READS.get(stem, {"r": ["align"], 
 SCALE = check_scale(config.get("scale", "tiny"))
 RUN, OUT, PYTHON = RUNS[SCALE], f"out/{SCALE}", sys.executable
 SPEED = {"smoke": 0.3, "tiny": 1, "small": 10, "paper": 100}[SCALE]
-ZOO = [p for p in ["data/zoo/manifest.json"] if Path(p).exists() and SCALE != "paper"]
-AT_HAND = KINDS if SCALE == "paper" else kinds_at_hand(json.loads(Path(ZOO[0]).read_text())) if ZOO else []
+SHELF, MANIFEST = Path("data/zoo"), Path("data/zoo/manifest.json")
+AT_HAND = KINDS if SCALE == "paper" else kinds_at_hand(json.loads(MANIFEST.read_text())) if MANIFEST.exists() else []
+
+def zoo(*names):
+    "Weights that a notebook loads, so that one new checkpoint makes nothing stale but what reads it; none at scale paper."
+    return [str(f) for name in names for f in sorted((SHELF / name).rglob("*.safetensors"))] if SCALE != "paper" else []
+
+POLICY = zoo("tiny-janus", "tiny-llava", "tiny-paligemma")                               # FocusDiff
+DIFFUSION = zoo("tiny-sd", "tiny-blip2", "tiny-blip2-itm", "tiny-clip", "tiny-negclip")  # RealignDiff
+def soft_zoo(kind): return zoo(f"tiny-{kind}", "tiny-clip")                              # SoftREPA
 SOFTLY = soft_plan(**{**SOFT[SCALE], "trainings": {k: names for k, names in SOFT[SCALE]["trainings"].items() if k in AT_HAND}})
 AVAILABLE = {"pairs", "training", "reports", *RUN["benchmarks"], *(["align", "coarse"] if ALIGNED[SCALE] else []), *(["soft"] if SOFTLY.train else [])}
 REPORTS = sorted(p.stem for p in Path("nbs/report").glob("*.ipynb") if AVAILABLE.issuperset(report_needs(p.stem, [])))
@@ -95,20 +103,20 @@ def version(folder, stem):
 
 def starts_from(wildcards):
     "SFT starts from the zoo; everything after it starts from the SFT checkpoint of the same seed."
-    return ZOO if wildcards.variant == "sft" else [f"{OUT}/train/sft-{wildcards.seed}/run.json"]
+    return POLICY if wildcards.variant == "sft" else [f"{OUT}/train/sft-{wildcards.seed}/run.json"]
 
 def judged(wildcards):
-    return ZOO if wildcards.variant in ("base", "render") else [f"{OUT}/train/{wildcards.variant}-{wildcards.seed}/run.json"]
+    return POLICY if wildcards.variant in ("base", "render") else [f"{OUT}/train/{wildcards.variant}-{wildcards.seed}/run.json"]
 
 def painted_from(wildcards):
     "The tuned denoiser of a method, and the pictures that its fine stage looks at."
     stage, first = coarse_stage(wildcards.method), first_picture(wildcards.method)
-    return ZOO + [f"{OUT}/coarse/{stage}-{ALIGN_SEED}/run.json"] * bool(stage) + [f"{OUT}/align/{wildcards.benchmark}/{first}-{ALIGN_SEED}.npz"] * bool(first)
+    return DIFFUSION + [f"{OUT}/coarse/{stage}-{ALIGN_SEED}/run.json"] * bool(stage) + [f"{OUT}/align/{wildcards.benchmark}/{first}-{ALIGN_SEED}.npz"] * bool(first)
 
 def soft_parts(kind, methods, seed):
     "What methods paint with: trained parts and tuned denoisers."
     trained, tuned = parts_of(kind, methods, seed)
-    return ZOO + [f"{OUT}/soft/{p}/run.json" for p in trained] + [f"{OUT}/coarse/{d}/run.json" for d in tuned]
+    return soft_zoo(kind) + [f"{OUT}/soft/{p}/run.json" for p in trained] + [f"{OUT}/coarse/{d}/run.json" for d in tuned]
 
 def soft_methods(w): return SOFTLY.generate[w.benchmark, w.kind, int(w.seed)]
 def soft_edits(w): return SOFTLY.edit[w.benchmark, w.editor, int(w.seed)]
@@ -144,7 +152,7 @@ else:         # the target lies in out/: a fresh clone, which carries reports, r
     if not Path("reports/index.html").exists(): Path(f"{OUT}/published").unlink(missing_ok=True)
 
 rule build_pairs:
-    input: ZOO, notebook=experiment("61_build_pairs")
+    input: POLICY, notebook=experiment("61_build_pairs")
     output: *PAIRS, notebook=f"{EXECUTED}61_build_pairs.ipynb"
     params: code=version("experiments", "61_build_pairs")
     resources: seconds=int(SECONDS["61_build_pairs"] * SPEED)
@@ -172,7 +180,7 @@ rule evaluate:
     shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed} -p benchmark {wildcards.benchmark}"
 
 rule train_coarse:
-    input: ZOO, notebook=experiment("64_train_coarse")
+    input: DIFFUSION, notebook=experiment("64_train_coarse")
     output:
         run=f"{OUT}/coarse/{{stage}}-{ALIGN_SEED}/run.json",
         curve=f"{OUT}/coarse/{{stage}}-{ALIGN_SEED}/curve.csv",
@@ -193,10 +201,11 @@ rule paint:
     shell: EXECUTE + " -p variant {wildcards.method} -p seed {ALIGN_SEED} -p benchmark {wildcards.benchmark}"
 
 def shelved(wildcards):
-    return sorted(map(str, Path(f"data/soft/{SCALE}/{wildcards.kind}-{wildcards.training}-{wildcards.seed}").glob("*")))
+    "The backbone's weights, and the training to take up if there is one."
+    return soft_zoo(wildcards.kind) + sorted(map(str, Path(f"data/soft/{SCALE}/{wildcards.kind}-{wildcards.training}-{wildcards.seed}").glob("*")))
 
 rule train_soft:
-    input: ZOO, shelved, notebook=experiment("66_train_soft")
+    input: shelved, notebook=experiment("66_train_soft")
     output:
         run=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/run.json",
         part=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/part.safetensors",
