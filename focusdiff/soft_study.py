@@ -5,8 +5,8 @@ __all__ = ['STUDIES', 'SHELF', 'SoftStudy', 'soft_config', 'new_part', 'implied'
            'save_part', 'load_part', 'change_offsets', 'training_inputs', 'put_away', 'take_up', 'digest',
            'already_made', 'readable', 'asked_prompts', 'caption_items', 'distinct_pairs', 'edit_images']
 
-# %% ../nbs/49_soft_study.ipynb #9910356a
-import dataclasses, hashlib, json, shutil
+# %% ../nbs/49_soft_study.ipynb #bcbc498f
+import dataclasses, hashlib, io, json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def change_offsets(
     fresh = 0.02 * torch.randn(tokens.offsets.shape, generator=torch.Generator().manual_seed(seed)) * (how == "random")
     return SoftTokens(tokens.tokens.detach(), fresh.to(tokens.tokens.device), tokens.sections)
 
-# %% ../nbs/49_soft_study.ipynb #73af9567
+# %% ../nbs/49_soft_study.ipynb #50e654ac
 SHELF = "data/soft"
 
 def training_inputs(
@@ -189,9 +189,13 @@ def put_away(
     run_dir: str | Path,    # of the trainer, see `training.fit`
     shelf: str | Path | None = None,   # default: `SHELF` of the repository
 ) -> Path:                  # its place on the shelf
-    "Put a training on the shelf."
-    place, run_dir = Path(shelf or repo_root()/SHELF)/name, Path(run_dir)
-    for file in ("last.ckpt", "metrics.csv", "settings.json"): write_atomic(place/file, (run_dir/file).read_bytes())
+    "Put a training on the shelf, without the paths of this machine that Lightning's checkpoint callback remembers."
+    place, run_dir, buffer = Path(shelf or repo_root()/SHELF)/name, Path(run_dir), io.BytesIO()
+    checkpoint = torch.load(run_dir/"last.ckpt", weights_only=True)
+    checkpoint["callbacks"] = {key: state for key, state in checkpoint["callbacks"].items() if "dirpath" not in state}
+    torch.save(checkpoint, buffer)
+    write_atomic(place/"last.ckpt", buffer.getvalue())
+    for file in ("metrics.csv", "settings.json"): write_atomic(place/file, (run_dir/file).read_bytes())
     return place
 
 def take_up(
