@@ -138,7 +138,7 @@ def build_tiny_paligemma(
         model = PaliGemmaForConditionalGeneration(config)
     return model.eval(), processor
 
-# %% ../nbs/02_zoo.ipynb #682f0b1f
+# %% ../nbs/02_zoo.ipynb #a56b7107
 def read_manifest(
     folder: str | Path | None = None,  # default `data/zoo`
 ) -> dict:                             # name -> entry
@@ -165,7 +165,7 @@ def save_checkpoint(
     model.save_pretrained(shelf / name)
     parts = getattr(model, "components", {"model": model}).values()   # a pipeline has several
     if processor is not None: processor.save_pretrained(shelf / name)
-    for file in (shelf / name).rglob("config.json"):   # diffusers notes the folder that a part was loaded from
+    for file in (f for pattern in ("config.json", "model_index.json") for f in (shelf / name).rglob(pattern)):   # diffusers notes the folder that a part was loaded from
         config = json.loads(file.read_text())
         if config.pop("_name_or_path", None) is not None: write_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     entry = {**made, "class": type(model).__name__, "parameters": sum(p.numel() for m in parts if hasattr(m, "parameters") for p in m.parameters()), "sha256": file_sums(shelf / name)}
