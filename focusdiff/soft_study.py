@@ -170,7 +170,7 @@ def change_offsets(
     fresh = 0.02 * torch.randn(tokens.offsets.shape, generator=torch.Generator().manual_seed(seed)) * (how == "random")
     return SoftTokens(tokens.tokens.detach(), fresh.to(tokens.tokens.device), tokens.sections)
 
-# %% ../nbs/49_soft_study.ipynb #50e654ac
+# %% ../nbs/49_soft_study.ipynb #67340d8a
 SHELF = "data/soft"
 
 def training_inputs(
@@ -213,6 +213,7 @@ def take_up(
         return False
     for file in ("last.ckpt", "metrics.csv"): write_atomic(run_dir/file, (place/file).read_bytes())
     write_atomic(run_dir/"settings.json", json.dumps(settings, sort_keys=True, default=str))
+    print(f"the training {name} is taken up from the shelf; delete {SHELF} to train it here from nothing")
     return True
 
 # %% ../nbs/49_soft_study.ipynb #23e8e2cc
