@@ -42,8 +42,8 @@ def each(items, work, label):
     return len(failed)
 
 def run_tests(path):
-    "nbdev_test of one notebook in a fresh process."
-    command = [sys.executable, "-c", "import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)", str(path)]
+    "nbdev_test of one notebook in a fresh process; its unseeded weights are the same ones every time."
+    command = [sys.executable, "-c", "import sys, torch; torch.manual_seed(0); from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0)", str(path)]
     try: run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired: return False, f"stopped after {LIMIT} s"
     return run.returncode == 0, (run.stdout + run.stderr)[-6000:]
