@@ -125,16 +125,16 @@ def answer_logits(
     else: logits = self.model(**inputs, use_cache=False).logits[:, kept]
     return logits[torch.arange(len(last)), torch.searchsorted(kept, last)]
 
-# %% ../nbs/11_judge.ipynb #6987b84b
+# %% ../nbs/11_judge.ipynb #12051369
 @patch
 def judge(self: VLMJudge, images: list[np.ndarray], prompts: list[str]) -> list[float | Failed]:
-    "Scores, a batch at a time; a question over the judge's context fails."
-    outcomes, too_long = [], Failed(f"the question is longer than the judge's context of {self.context} tokens")
-    for start in range(0, len(images), self.batch_size):
-        inputs = self.inputs(images[start:start + self.batch_size], prompts[start:start + self.batch_size])
+    "Scores, a batch of about equally long questions at a time; a question over the judge's context fails."
+    outcomes, too_long = [None] * len(images), Failed(f"the question is longer than the judge's context of {self.context} tokens")
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for rows in (by_length[start:start + self.batch_size] for start in range(0, len(images), self.batch_size)):
+        inputs = self.inputs([images[r] for r in rows], [prompts[r] for r in rows])
         scores = score_logits(self.answer_logits(inputs), self.yes, self.no, self.question)
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        outcomes += [score if n <= self.context else too_long for score, n in zip(scores, lengths)]
+        for row, score, n in zip(rows, scores, inputs["attention_mask"].sum(1).tolist()): outcomes[row] = score if n <= self.context else too_long
     return outcomes
 
 # %% ../nbs/11_judge.ipynb #38f95d3d

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['KIND_NAMES', 'KIND_COLORS', 'METHOD_NAMES', 'METHOD_COLORS', 'EDITOR_NAMES', 'SET_NAMES', 'TRUTH', 'METRIC_NAMES',
-           'DIGITS', 'prompt_sets', 'soft_scores', 'soft_edits', 'read_arrays', 'read_pictures', 'best_look',
-           'trained_parts', 'part_shapes', 'token_sections', 'soft_cells', 'frechet_cells', 'printed_cells',
-           'printed_notes', 'soft_note', 'moved', 'not_run_kinds', 'here', 'trained_measures', 'picture_values',
-           'change', 'level', 'timesteps', 'oracle_marks', 'picture_grid', 'places']
+           'DIGITS', 'prompt_sets', 'soft_scores', 'soft_edits', 'read_arrays', 'read_pictures', 'trained_parts',
+           'part_shapes', 'token_sections', 'soft_cells', 'frechet_cells', 'printed_cells', 'printed_notes',
+           'soft_note', 'moved', 'not_run_kinds', 'here', 'trained_measures', 'picture_values', 'change', 'level',
+           'timesteps', 'oracle_marks', 'picture_grid', 'places']
 
 # %% ../nbs/59_soft_tables.ipynb #409ec961
 import json, math, textwrap
@@ -89,14 +89,7 @@ def read_pictures(
     "Pictures of a method."
     return read_arrays(f"soft_pictures/{benchmark}/{kind}-{variant}-{seed}.npz", scale)
 
-# %% ../nbs/59_soft_tables.ipynb #90e0aa2a
-def best_look(
-    looks: pd.DataFrame,   # step, score
-) -> int:
-    "The step whose tokens were kept, as `contrastive.HeldOut` does it: untrained ones only where there are no others."
-    trained = looks[looks.step > 0] if (looks.step > 0).any() else looks
-    return int(trained.step[trained.score.idxmax()])
-
+# %% ../nbs/59_soft_tables.ipynb #dc633b9e
 def trained_parts(
     scale: str,        # whose run this is
 ) -> pd.DataFrame:     # kind, training, seed, kept (the step of the tokens that were kept), last, size (trained numbers), tokens (shape [layer, token, channel], None for LoRA), config
@@ -105,7 +98,7 @@ def trained_parts(
     for file in sorted((out_dir(scale) / "soft").glob("*/run.json")):
         kind, training, seed = file.parent.name.split("-")
         looks, shapes = pd.read_csv(file.parent / "held_out.csv"), part_shapes(file.parent / "part.safetensors")
-        rows.append(dict(kind=kind, training=training, seed=int(seed), kept=best_look(looks), last=int(looks.step.max()), size=sum(map(math.prod, shapes.values())), tokens=shapes.get("tokens"), config=json.loads(file.read_text())["config"]))
+        rows.append(dict(kind=kind, training=training, seed=int(seed), kept=int(looks.step[looks.kept].iloc[0]), last=int(looks.step.max()), size=sum(map(math.prod, shapes.values())), tokens=shapes.get("tokens"), config=json.loads(file.read_text())["config"]))
     order = {k: i for i, k in enumerate(KINDS)}
     return pd.DataFrame(rows, columns=["kind", "training", "seed", "kept", "last", "size", "tokens", "config"]).sort_values("kind", key=lambda k: k.map(order), kind="stable", ignore_index=True)
 
