@@ -131,7 +131,7 @@ def error_matrix(
     pairs = torch.arange(len(latents) * len(condition), device=latents.device)
     return torch.cat([pair_errors(backbone, latents, condition, draw, chunk) for chunk in pairs.split(micro_batch)]).reshape(len(latents), len(condition))
 
-# %% ../nbs/38_contrastive.ipynb #d029dccf
+# %% ../nbs/38_contrastive.ipynb #591c334d
 @dataclasses.dataclass
 class Gradient:
     "What a step computed."
@@ -158,14 +158,15 @@ def two_pass(
     errors = error_matrix(backbone, latents, condition, draw, micro_batch)
     loss, weights = weigh(errors)
     size, order = weights.abs().flatten().double().sort(descending=True, stable=True)
-    order, left, pairs = order[size > 0], size.sum().item(), 0
+    order, left, pairs, steepness = order[size > 0], size.sum().item(), 0, None   # of late: norm of a gradient over its weight
     grads = [torch.zeros_like(p) for p in params]
     for chunk in order.split(micro_batch) if len(order) else ():
         found = torch.autograd.grad(weights.flatten()[chunk] @ pair_errors(backbone, latents, condition, draw, chunk), params)
         for g, new in zip(grads, found): g += new
         own, pairs = weights.flatten()[chunk].abs().sum().item(), pairs + len(chunk)
         left -= own
-        if tolerance and _norm(found) * left <= tolerance * _norm(grads) * own: break
+        steepness = (_norm(found) / own + (steepness or _norm(found) / own)) / 2
+        if tolerance and steepness * left <= tolerance * _norm(grads): break
     return Gradient(loss, errors, weights, grads, pairs)
 
 # %% ../nbs/38_contrastive.ipynb #4b065eb4
