@@ -36,7 +36,7 @@ ALIGN_SEED = 42
 
 # SoftREPA: the trainings of each backbone (those without a checkpoint are left out), the seeds of the main one, sets of prompts and edits
 ALL = {k: [t for t in TRAININGS if k in TRAININGS[t].kinds] for k in KINDS}
-ABLATIONS = {"sd": ["soft", "contrastive_only", "low_rank"], "sdxl": ["soft", "contrastive_only"], "sd3": ["soft", "low_rank", "layers_1", "layers_4", "length_1", "length_8"]}
+ABLATIONS = {"sd": ["soft", "contrastive_only", "low_rank"], "sdxl": ["soft", "contrastive_only"], "sd3": ["soft", "low_rank", "layers_1", "length_8"]}
 EDITS = ["pie-scenes", "div2k-scenes", "cat2dog-scenes"]
 SOFT = {
     "tiny":  dict(trainings=ABLATIONS, edit_sets=EDITS[:1]),
