@@ -26,7 +26,7 @@ from .soft_methods import EDITORS, training
 from .softrepa import SoftTokens, is_mmdit, make_soft_tokens
 from .zoo import file_sums
 
-# %% ../nbs/49_soft_study.ipynb #75c658e4
+# %% ../nbs/49_soft_study.ipynb #94cf3a22
 @dataclasses.dataclass
 class SoftStudy:
     "Checkpoints and sizes of a scale; the defaults are those of scale `paper`."
@@ -38,7 +38,7 @@ class SoftStudy:
     steps: dict = dataclasses.field(default_factory=lambda: dict(sd=26_000, sdxl=30_000, sd3=30_000))  # of training
     soft: dict = dataclasses.field(default_factory=dict)      # kind -> changes of the published `SoftConfig`
     settings: dict = dataclasses.field(default_factory=dict)  # changes of `SoftREPAConfig`
-    special: dict = dataclasses.field(default_factory=dict)   # training -> further changes of it
+    special: dict = dataclasses.field(default_factory=dict)   # backbone or training -> further changes of it, the training's last
     captions: int = 118_287   # training pictures
     probe: int = 50           # held-out prompts of the early stopping
     probe_every: int = 2500   # steps between two looks
@@ -55,16 +55,16 @@ class SoftStudy:
 _EVERYWHERE = dict(sections=("down", "mid", "up"), jitter=0.3)
 _ZOO = dict(backbones=dict(sd="tiny-sd", sdxl="tiny-sdxl", sd3="tiny-sd3"), how=dict(sd=Denoising(20, 3.0), sdxl=Denoising(20, 3.0), sd3=Denoising(20, 3.0, "own")), soft=dict(sd3=dict(layers=2)), clip="tiny-clip",
             editors=dict(pnp=PnP(10, 16), masactrl=MasaCtrl(2, 6)), edit_steps=20)
-_TINY = _ZOO | dict(soft=dict(sd=_EVERYWHERE, sdxl=_EVERYWHERE, sd3=dict(layers=2)))
+_TINY = _ZOO | dict(soft=dict(sd=_EVERYWHERE, sdxl=_EVERYWHERE, sd3=dict(layers=6)))
 _same = lambda n: dict.fromkeys(("sd", "sdxl", "sd3"), n)
 STUDIES = {
     "paper": SoftStudy(),
     "small": SoftStudy(**_ZOO, batch=_same(16), steps=_same(1000), settings=dict(period=100, micro_batch=64), captions=20_000, probe=64, probe_every=100, pairs=64, group=16),
-    "tiny": SoftStudy(**_TINY, batch=_same(4), accumulate=4, steps=_same(400), settings=dict(lr=0.1, offset_rate=0.05, period=40), special=dict(low_rank=dict(lr=2e-3)), captions=2400, probe=32, probe_every=200, patience=9, pairs=48, group=8, grid=tuple(range(100, 1000, 200)), every=4, identity=6),
+    "tiny": SoftStudy(**_TINY, batch=_same(4), accumulate=4, steps=_same(400), settings=dict(lr=0.1, offset_rate=0.05, period=40), special=dict(sd3=dict(lr=0.02), low_rank=dict(lr=2e-3)), captions=2400, probe=32, probe_every=200, patience=9, pairs=48, group=8, grid=tuple(range(100, 1000, 200)), every=4, identity=6),
     "smoke": SoftStudy(**_ZOO, batch=_same(2), steps=_same(2), settings=dict(period=1, micro_batch=4), captions=8, probe=2, probe_every=1, pairs=2, group=2, grid=(300, 700), every=40, identity=2),
 }
 
-# %% ../nbs/49_soft_study.ipynb #cfd4d1c4
+# %% ../nbs/49_soft_study.ipynb #8bf959f2
 def soft_config(
     scale: str,      # one of `core.SCALES`
     kind: str,       # backbone
@@ -75,7 +75,7 @@ def soft_config(
     "The settings of a training; an unknown name is a `ConfigError`."
     study, wanted = STUDIES[check_scale(scale)], training(name, kind)
     contrast = make_config(Contrast, **{"dsm": 0.0 if kind == "sd3" else 10.0, **wanted.contrast})
-    return make_config(SoftREPAConfig, **{"contrast": contrast, "max_steps": study.steps[kind], **study.settings, **wanted.settings, **study.special.get(name, {}), "seed": seed, **changes})
+    return make_config(SoftREPAConfig, **{"contrast": contrast, "max_steps": study.steps[kind], **study.settings, **wanted.settings, **study.special.get(kind, {}), **study.special.get(name, {}), "seed": seed, **changes})
 
 def new_part(
     backbone: Backbone,   # that is to be trained for
