@@ -2,26 +2,23 @@
 
 # %% auto #0
 __all__ = ['EDIT_COLUMNS', 'IMAGE_SUFFIX', 'MAX_PIXELS', 'MAX_BYTES', 'pick_columns', 'EditRecord', 'confined_path', 'EditFile',
-           'EditSource', 'open_edits', 'fetch_record', 'decode_image', 'load_records', 'edits_from_datasets',
-           'shard_range', 'build_shard', 'read_shards', 'read_rows', 'merge_shards', 'card_text', 'estimate_build']
+           'EditSource', 'open_edits', 'fetch_record', 'decode_image', 'load_records', 'edits_from_datasets']
 
-# %% ../nbs/14_edit_data.ipynb #40c592b2
-import contextlib, hashlib, io, json, os, re, struct, time
-from collections import Counter
+# %% ../nbs/14_edit_data.ipynb #b0bbe631
+import hashlib, io, json, os, struct
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Collection, Iterator, Sequence
+from typing import Any, Collection, Iterator, Sequence
 
-# %% ../nbs/14_edit_data.ipynb #68d4d331
+# %% ../nbs/14_edit_data.ipynb #eed3815a
 import numpy as np
-import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-# %% ../nbs/14_edit_data.ipynb #347b3eff
-from .core import ConfigError, DataError, progress, write_atomic
-from .pair_builder import VERDICTS, EditPair, PairBuilder, caption_words, funnel_counts, open_log, tabulate_rows
-from .pairs import PromptPair, center_crop, read_text_field, write_pairs
+# %% ../nbs/14_edit_data.ipynb #f87406d3
+from .core import ConfigError, DataError
+from .pair_builder import EditPair
+from .pairs import center_crop, read_text_field
 
 # %% ../nbs/14_edit_data.ipynb #b870ac21
 EDIT_COLUMNS = {  # set: before, after, instruction
@@ -230,7 +227,7 @@ def open_edits(
     tag = lambda file: file.relative_to(root).with_suffix("").as_posix() if kind != "folder" else "edits"
     return EditSource(kind, root, names[0], tuple(EditFile(f, tag(f), rows, digest) for f, (_, rows, digest) in zip(files, heads)))
 
-# %% ../nbs/14_edit_data.ipynb #c70631f2
+# %% ../nbs/14_edit_data.ipynb #82a36b8e
 MAX_PIXELS, MAX_BYTES = 2**26, 2**26   # 8192 x 8192; 64 MiB
 
 def fetch_record(
@@ -259,6 +256,7 @@ def decode_image(
             if pixels > MAX_PIXELS: raise DataError(f"{w} x {h} pixels" + (f", {int(pixels)} when cropped to {size}" if pixels > w * h else "") + f": more than {MAX_PIXELS}", *where)
             return center_crop(image.convert("RGB"), size)
     except DataError: raise
+    except UnidentifiedImageError as e: raise DataError("neither JPEG, PNG nor WebP: no picture, or one of another format", *where) from e
     except Image.DecompressionBombError as e: raise DataError(f"more than {MAX_PIXELS} pixels: {e}", *where) from e
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as e: raise DataError(f"cannot decode the picture: {e}", *where) from e
 
@@ -293,201 +291,3 @@ def edits_from_datasets(
         if isinstance(dataset.features[key], datasets.Image): dataset = dataset.cast_column(key, datasets.Image(decode=False))
     file = EditFile(Path(name), name.replace("/", "--"), len(dataset), dataset._fingerprint)
     return EditSource("datasets", Path(name), names, (file,), dataset)
-
-# %% ../nbs/14_edit_data.ipynb #9bda95ec
-def shard_range(
-    records: int,  # of the whole set
-    shard: int,    # 0-based
-    shards: int,   # how many there are
-) -> tuple[int, int]:  # first record, record after the last
-    "The records of one shard."
-    if not 0 <= shard < shards: raise ConfigError(f"shard {shard} of {shards}: need 0 <= shard < shards")
-    return shard * records // shards, (shard + 1) * records // shards
-
-def _shard_file(folder: Path, shard: int, shards: int) -> Path: return folder / "shards" / f"{shard:05d}-of-{shards:05d}.jsonl"
-
-@contextlib.contextmanager
-def _alone(log: Path) -> Iterator[None]:  # two processes on one shard would write every record twice
-    import fcntl
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log.with_suffix(".lock"), "w") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e: raise ConfigError(f"another process is building {log.stem}: give every process a shard of its own") from e
-        yield
-
-def _open_shard(log: Path, settings: dict) -> dict[str, dict]:  # finished rows by id; a shard of other settings is kept, and refused
-    if log.exists() and "\n" in (text := log.open(encoding="utf-8").readline()):
-        was = json.loads(text)["settings"]
-        changed = [k for k in settings if was.get(k) != settings[k]]
-        if changed: raise ConfigError(f"{log.name} was begun with another {changed[0]} ({was.get(changed[0])!r}, now {settings[changed[0]]!r}): choose another folder, or delete the shard")
-    return open_log(log, settings)
-
-# %% ../nbs/14_edit_data.ipynb #8d3875be
-def _finish_row(row: dict, record: EditRecord, folder: Path) -> dict:
-    content = hashlib.sha256()
-    for part in (record.instruction.encode(), record.image1, record.image2): content.update(b"%d " % len(part) + part)
-    row = dict(row, instruction=record.instruction, content=content.hexdigest()[:32])
-    if row["verdict"] != "kept": return row
-    for side, data in ((1, record.image1), (2, record.image2)):
-        with Image.open(io.BytesIO(data)) as image: name = f"images/{record.id}-{side}{IMAGE_SUFFIX[image.format]}"
-        write_atomic(folder / name, data)
-        row[f"image{side}"] = name
-    return row
-
-def _batches(records: Iterator[EditRecord], n: int) -> Iterator[list[EditRecord]]:
-    while batch := list(islice(records, n)): yield batch
-
-def build_shard(
-    source: EditSource,
-    builder: PairBuilder,
-    folder: str | Path,  # of the whole build; all shards share it
-    shard: int = 0,      # 0-based
-    shards: int = 1,     # how many there are
-    chunk: int = 64,     # records that the models see at once, and lines between two writes
-) -> dict:               # the shard's card
-    "Build the pairs of one shard; a second call goes on where a kill stopped the first."
-    folder, (start, stop) = Path(folder), shard_range(len(source), shard, shards)
-    log, about = _shard_file(folder, shard, shards), source.describe()
-    with _alone(log):
-        done = _open_shard(log, dict(builder.settings(), source=about["sha256"]))
-        ids = list(source.ids(start, stop))
-        first = next((i for i, name in enumerate(ids) if name not in done), len(ids))
-        todo = (fetch_record(r) for r in source.read(start + first, stop) if r.id not in done)
-        for records in progress(_batches(todo, chunk), f"shard {shard} of {shards}", total=-(-(len(ids) - len(done)) // chunk)):
-            by_id = {r.id: r for r in records}
-            rows = [_finish_row(row, by_id[row["id"]], folder) for row in builder.build(records, load_records)]
-            with open(log, "a", encoding="utf-8") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in rows))
-                f.flush()
-                os.fsync(f.fileno())
-            done.update((row["id"], row) for row in rows)
-        return _close_shard(log, [done[name] for name in ids], builder, about, dict(shard=shard, shards=shards, start=start, stop=stop))
-
-# %% ../nbs/14_edit_data.ipynb #dab35555
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-def _counts(rows: Sequence[dict]) -> dict[str, int]:  # verdict -> records, in the order of the funnel
-    found = Counter(row["verdict"] for row in rows)
-    return {name: found[name] for name in VERDICTS if found[name]}
-
-def _close_shard(log: Path, rows: list[dict], builder: PairBuilder, about: dict, place: dict) -> dict:
-    with open(log, encoding="utf-8") as f: head = f.readline()
-    write_atomic(log, head + "".join(json.dumps(row) + "\n" for row in rows))       # in order, and without the lines of records that were asked twice
-    seeds = {part: seed for part in ("captioner", "judge") if (seed := getattr(getattr(builder, part), "seed", None)) is not None}
-    card = dict(place, records=len(rows), verdicts=_counts(rows), settings=builder.settings(), seeds=seeds, source=about, sha256=_sha256(log))
-    write_atomic(log.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
-    return card
-
-# %% ../nbs/14_edit_data.ipynb #a6b851ec
-def read_shards(
-    folder: str | Path,  # of `build_shard`
-) -> tuple[list[dict], list[Path]]:  # cards and logs by shard; a `DataError` unless together they are one whole build
-    "The finished shards of a build."
-    cards = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("shards/*.json"))]
-    if not cards: raise DataError("no finished shard in it", folder)
-    for name in ("shards", "settings", "source"):
-        other = next((c for c in cards if c[name] != cards[0][name]), None)
-        if other: raise DataError(f"shard {other['shard']} of {other['shards']} was built with other {name} than shard {cards[0]['shard']} of {cards[0]['shards']}: one folder holds one build", folder)
-    n, total = cards[0]["shards"], cards[0]["source"]["records"]
-    held = Counter(c["shard"] for c in cards)
-    missing = [i for i in range(n) if not held[i]]
-    if missing: raise DataError(f"{len(missing)} of {n} shards are missing or not finished: {missing[:10]}", folder)
-    logs, end = [_shard_file(Path(folder), c["shard"], n) for c in cards], 0
-    for card, log in sorted(zip(cards, logs), key=lambda both: both[0]["shard"]):
-        if card["start"] != end: raise DataError(f"shard {card['shard']} begins at record {card['start']}, the one before it ended at {end}: shards overlap or leave a hole", log)
-        if not log.exists() or _sha256(log) != card["sha256"]: raise DataError("is not the file that its card describes: run the shard again", log)
-        end = card["stop"]
-    if end != total: raise DataError(f"the shards end at record {end} of {total}", folder)
-    return cards, logs
-
-def read_rows(
-    folder: str | Path,  # of `build_shard`
-) -> Iterator[dict]:     # one row per record of the set, in order
-    "Stream the rows of a whole build."
-    (cards, logs), seen = read_shards(folder), set()
-    for card, log in zip(cards, logs):
-        with open(log, encoding="utf-8") as f:
-            next(f)
-            for n, line in enumerate(f, 1):
-                row = json.loads(line)
-                if row["id"] in seen: raise DataError(f"record {row['id']!r} is there twice", log, n)
-                seen.add(row["id"])
-                yield row
-        if n != card["stop"] - card["start"]: raise DataError(f"{n} records, its range has {card['stop'] - card['start']}", log)
-
-# %% ../nbs/14_edit_data.ipynb #c2f82155
-_words = lambda caption: tuple(w.lower() for w in caption_words(caption))
-
-def merge_shards(
-    folder: str | Path,               # of `build_shard`
-    keep_out: Collection[str] = (),   # captions that training must not see
-) -> dict:                            # the data card, also in card.json and card.md
-    "Join finished shards: `pairs.json` in the official schema, `funnel.parquet`, `attempts.parquet` and the data card."
-    folder, forbidden = Path(folder), {_words(c) for c in keep_out}
-    cards, rows, pairs, content = read_shards(folder)[0], [], [], hashlib.sha256()
-    for row in read_rows(folder):
-        content.update(row["content"].encode())
-        if row["verdict"] == "kept":
-            prompts = [row["attempts"][-1][f"prompt{side}"] for side in (1, 2)]
-            if forbidden & set(map(_words, prompts)): row["verdict"] = "benchmark"
-            else: pairs.append(PromptPair(*prompts, folder / row["image1"], folder / row["image2"]))
-        rows.append(row)
-    funnel, attempts = tabulate_rows(rows, [row["instruction"] for row in rows])
-    funnel.to_parquet(folder / "funnel.parquet")
-    attempts.to_parquet(folder / "attempts.parquet")
-    write_pairs(pairs, folder / "pairs.json")
-    reasons = Counter(re.sub(r"'.*'|\d+", "*", row["error"])[:80] for row in rows if "error" in row)
-    files = {name: _sha256(folder / name) for name in ("pairs.json", "funnel.parquet", "attempts.parquet")}
-    card = dict(records=len(rows), pairs=len(pairs), verdicts=_counts(rows), unreadable=dict(reasons.most_common(20)), **{k: cards[0][k] for k in ("settings", "seeds", "shards", "source")},
-                content=content.hexdigest(), sha256=files)
-    write_atomic(folder / "card.json", json.dumps(card, indent=1) + "\n")
-    write_atomic(folder / "card.md", card_text(card))
-    return card
-
-def card_text(
-    card: dict,  # of `merge_shards`
-) -> str:        # Markdown
-    "The data card for people."
-    source, table = card["source"], lambda names, rows: pd.DataFrame(rows, columns=names).to_markdown(index=False, disable_numparse=True)
-    steps = funnel_counts(pd.DataFrame(dict(verdict=[name for name, n in card["verdicts"].items() for _ in range(n)])))
-    parts = [f"# Data card: {card['pairs']} pairs from {card['records']} edits of {source['name']}",
-             f"Source: {source['kind']}, {len(source['files'])} files, columns {', '.join(source['columns'])}; sha256 of its description {source['sha256']}, of all records as read {card['content']}. "
-             f"Built in {card['shards']} shards.", "## Funnel", steps.to_markdown(floatfmt=("", ".0f", ".0f", ".3f"))]
-    if card["verdicts"].get("benchmark"): parts.append(f"{card['verdicts']['benchmark']} more were dropped because they say what a benchmark says.")
-    if card["unreadable"]: parts += ["## Unreadable records", table(["reason", "records"], list(card["unreadable"].items()))]
-    parts += ["## Settings, judges and seeds", table(["setting", "value"], [*card["settings"].items(), *((f"seed of the {k}", v) for k, v in card["seeds"].items())]),
-              "## Files", table(["file", "sha256"], [*card["sha256"].items(), *((f"{source['name']}: {f['file']} ({f['rows']} rows)", f["sha256"]) for f in source["files"])])]
-    return "\n\n".join(parts) + "\n"
-
-# %% ../nbs/14_edit_data.ipynb #42a58347
-class _Counted:
-    "A part of a builder that counts what it is asked."
-    def __init__(self, part: Any): self.part, self.calls = part, 0
-    def __call__(self, images: np.ndarray, asked: Sequence, *rest: Any) -> list:
-        self.calls += len(asked)
-        return self.part(images, asked, *rest)
-    def score(self, images: Sequence, prompts: Sequence[str]) -> list:
-        self.calls += len(prompts)
-        return self.part.score(images, prompts)
-
-def estimate_build(
-    source: EditSource,
-    builder: PairBuilder,
-    probe: int = 64,     # records to try
-    shards: int = 1,     # processes that will work at once, each with models as fast as this one's
-    blocks: int = 8,     # places of the set that the probe is spread over
-) -> dict:               # records, per_second (a process), hours, calls and calls_per_record by part, pairs, unreadable; nothing is written
-    "How long a build will take, what it will ask, and what it will bring."
-    parts = {name: _Counted(getattr(builder, name)) for name in ("follow", "preserve", "quality", "captioner", "judge")}
-    counted, blocks = replace(builder, **parts), max(1, min(blocks, probe, len(source)))
-    size, rates, rows = max(1, min(probe, len(source)) // blocks), [], []
-    for start in (i * (len(source) - size) // max(blocks - 1, 1) for i in range(blocks)):
-        began = time.perf_counter()
-        rows += counted.build([fetch_record(r) for r in source.read(start, start + size)], load_records)
-        rates.append(size / (time.perf_counter() - began))
-    found, rate = Counter(row["verdict"] for row in rows), float(np.median(rates))
-    per_record = {name: part.calls / len(rows) for name, part in parts.items()}
-    grown = lambda n: round(n * len(source) / len(rows))
-    return dict(records=len(source), probed=len(rows), per_second=rate, hours=len(source) / rate / shards / 3600, calls_per_record=per_record,
-                calls={name: grown(part.calls) for name, part in parts.items()}, pairs=grown(found["kept"]), unreadable=grown(found["unreadable"]))
