@@ -4,8 +4,8 @@
 __all__ = ['run_command', 'read_prompts', 'read_cases', 'name_prompts', 'claim_folder', 'save_png', 'generate', 'open_rgb',
            'list_images', 'judge', 'summary', 'paircomp', 'build_pairs']
 
-# %% ../nbs/53_cli.ipynb #2e6672d3
-import argparse, contextlib, json, os, sys
+# %% ../nbs/53_cli.ipynb #64716022
+import argparse, contextlib, json, os, sys, tempfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -299,16 +299,25 @@ def paircomp(
     "The command `focusdiff-paircomp`."
     return run_command(_paircomp_parser(), _paircomp, argv)
 
-# %% ../nbs/53_cli.ipynb #5babf820
+# %% ../nbs/53_cli.ipynb #72d5ae9f
 def _build_pairs_parser() -> argparse.ArgumentParser:
     p = _parser("focusdiff-build-pairs", "Turn image edits into training pairs: check each edit, caption both images, check the captions, "
                 "retry once, drop the rest.", """\
   focusdiff-build-pairs out/tiny/pairs/edits.jsonl --judge oracle --out pairs
   focusdiff-build-pairs edits.jsonl --judge http://localhost:8000/v1#small --filter-judge http://localhost:8001/v1#large --out pairs
+  focusdiff-build-pairs UltraEdit --estimate 64 --shard 0/8 --filter-judge http://localhost:8001/v1#large --out pairs
+  focusdiff-build-pairs UltraEdit --shard 0/8 --filter-judge http://localhost:8001/v1#large --out pairs    (and 1/8 to 7/8)
+  focusdiff-build-pairs UltraEdit --merge --keep-out paircomp --out pairs
 
 EDITS is a JSON array or JSON lines of records with instruction, image1 (before), image2 (after), and id where there is one;
-image paths start from the file's folder.""")
-    p.add_argument("edits", metavar="EDITS", help="the record file of the edits")
+image paths start from the file's folder. With --shard or --estimate it is an editing set of any size: parquet, JSON lines, or a
+folder. A shard that was stopped goes on where it was; --merge joins the finished ones and writes a data card.""")
+    p.add_argument("edits", metavar="EDITS", help="the record file of the edits, or an editing set")
+    p.add_argument("--shard", metavar="I/N", help="build part I (from 0) of N of an editing set; 0/1 is all of it")
+    p.add_argument("--merge", action="store_true", help="join the finished shards in --out")
+    p.add_argument("--estimate", type=int, metavar="N", help="build nothing: try N records and say how long all will take and what they ask")
+    p.add_argument("--columns", metavar="NAMES", help="ultraedit, anyedit, instructpix2pix, magicbrush, or before,after,instruction (default: what fits)")
+    p.add_argument("--keep-out", metavar="NAME", help="with --merge: drop pairs that say a caption of these PairComp cases: paircomp, a JSON file")
     p.add_argument("--judge", default="tiny-llava",
                    help="who says whether captions match: oracle, a zoo name, a checkpoint folder, a hub id, or server address#model")
     p.add_argument("--filter-judge", metavar="JUDGE", help="server address#model that checks the edits and writes the captions; "
@@ -322,7 +331,7 @@ image paths start from the file's folder.""")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where pairs.json, funnel.parquet and the log are kept")
     return p
 
-# %% ../nbs/53_cli.ipynb #3c68deea
+# %% ../nbs/53_cli.ipynb #e0fdd13b
 def _builder(args: argparse.Namespace, out: Path) -> Any:  # `PairBuilder`
     from focusdiff import pair_builder as parts
     from focusdiff.judge import load_judge
@@ -342,7 +351,31 @@ def _builder(args: argparse.Namespace, out: Path) -> Any:  # `PairBuilder`
     checks = [parts.judge_check(load_judge(args.filter_judge, Question(q), out / "judged")) for q in questions]
     return parts.PairBuilder(own, parts.VLMCaptioner(ask_server(url, model), args.filter_judge), *checks, config=config)
 
+# %% ../nbs/53_cli.ipynb #ea157036
+def _build_shards(args: argparse.Namespace, out: Path) -> None:
+    from focusdiff.edit_data import open_edits
+    from focusdiff.pair_shards import build_shard, estimate_build, merge_shards
+    if args.merge:
+        tested = [caption for case in read_cases(args.keep_out, part=True) for caption in case.captions] if args.keep_out else []
+        card = merge_shards(out, tested)
+        print(f"{card['pairs']} pairs from {card['records']} edits in {out / 'pairs.json'}; the data card is {out / 'card.md'}")
+        return
+    try: shard, shards = map(int, (args.shard or "0/1").split("/"))
+    except ValueError as e: raise ConfigError(f"--shard {args.shard}: expected I/N, as 0/8") from e
+    names = args.columns.split(",") if args.columns and "," in args.columns else args.columns
+    source = open_edits(args.edits, names)
+    if args.estimate is None:
+        card = build_shard(source, _builder(args, out), out, shard, shards)
+        print(f"{card['records']} of {len(source)} edits: " + ", ".join(f"{n} {verdict}" for verdict, n in card["verdicts"].items()))
+        return
+    with tempfile.TemporaryDirectory() as scratch:    # answers are not remembered: they would make the next probe too fast
+        told = estimate_build(source, _builder(args, Path(scratch)), args.estimate, shards)
+    print(f"{told['records']} edits at {told['per_second']:.3g} a second: {told['hours']:.3g} hours with {shards} processes, about {told['pairs']} pairs, {told['unreadable']} unreadable")
+    print("calls: " + ", ".join(f"{name} {n} ({told['calls_per_record'][name]:.2f} a record)" for name, n in told["calls"].items()))
+
+# %% ../nbs/53_cli.ipynb #6710c221
 def _build_pairs(args: argparse.Namespace) -> None:
+    if args.shard or args.merge or args.estimate is not None: return _build_shards(args, Path(args.out))
     from focusdiff.pair_builder import build_pairs as build, funnel_counts, read_edits
     from focusdiff.pairs import write_pairs
     edits, out = read_edits(args.edits), Path(args.out)

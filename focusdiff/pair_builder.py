@@ -5,7 +5,8 @@ __all__ = ['Span', 'Images', 'Check', 'FOLLOW_QUESTION', 'PRESERVE_QUESTION', 'Q
            'CAPTION_REQUEST', 'EDIT_CHECKS', 'CAPTION_CHECKS', 'VERDICTS', 'EditPair', 'read_edits', 'caption_words',
            'differing_spans', 'structure_score', 'SceneChecks', 'side_by_side', 'judge_check', 'SceneCaptioner',
            'read_captions', 'VLMCaptioner', 'BuilderConfig', 'passes', 'verdict', 'PairBuilder', 'open_log',
-           'build_rows', 'build_pairs', 'fact_key', 'filter_table', 'funnel_counts', 'same_form', 'add_truth']
+           'build_rows', 'build_pairs', 'tabulate_rows', 'fact_key', 'filter_table', 'funnel_counts', 'same_form',
+           'add_truth']
 
 # %% ../nbs/13_pair_builder.ipynb #de0a5a16
 import difflib, hashlib, json, re
@@ -289,7 +290,7 @@ def _check_captions(self: PairBuilder, images: Images, captions: list[tuple[str,
 
 PairBuilder._check_edits, PairBuilder._check_captions = _check_edits, _check_captions
 
-# %% ../nbs/13_pair_builder.ipynb #24e8a9ee
+# %% ../nbs/13_pair_builder.ipynb #524a1a16
 def _load(edits: Sequence[EditPair], size: int) -> tuple[list[EditPair], np.ndarray, list[dict]]:  # readable edits, their images, rows of the others
     good, images, bad = [], [], []
     for edit in edits:
@@ -298,9 +299,9 @@ def _load(edits: Sequence[EditPair], size: int) -> tuple[list[EditPair], np.ndar
         else: good.append(edit)
     return good, np.stack(images) if images else np.zeros((0, 2, size, size, 3), np.uint8), bad
 
-def _build(self: PairBuilder, edits: Sequence[EditPair]) -> list[dict]:
-    "Run the pipeline on a batch: one row per edit, with one entry in `attempts` per caption pair."
-    good, images, bad = _load(edits, self.config.size)
+def _build(self: PairBuilder, edits: Sequence[EditPair], load: Callable = _load) -> list[dict]:
+    "Run the pipeline on a batch, opened by `load`: one row per edit, with one entry in `attempts` per caption pair."
+    good, images, bad = load(edits, self.config.size)
     rows = self._check_edits(images, good) if good else []
     todo = [i for i, row in enumerate(rows) if row["verdict"] == "kept"]
     for attempt in range(self.config.retries + 1):
@@ -350,7 +351,7 @@ def build_rows(
         done.update((row["id"], row) for row in rows)
     return [done[e.id] for e in edits]
 
-# %% ../nbs/13_pair_builder.ipynb #52b87061
+# %% ../nbs/13_pair_builder.ipynb #af07a14c
 def build_pairs(
     edits: Sequence[EditPair],
     builder: PairBuilder,
@@ -359,11 +360,19 @@ def build_pairs(
 ) -> tuple[list[PromptPair], pd.DataFrame, pd.DataFrame]:  # kept pairs; funnel, one row per edit; attempts, one row per caption pair
     "Build FocusDiff-Data from image edits (section 3.1, Figure 8)."
     rows, by_id = build_rows(edits, builder, log, chunk), {e.id: e for e in edits}
+    funnel, attempts = tabulate_rows(rows, [e.instruction for e in edits])
+    pairs = [PromptPair(f["prompt1"], f["prompt2"], by_id[row["id"]].image1, by_id[row["id"]].image2) for row in rows if row["verdict"] == "kept" for f in row["attempts"][-1:]]
+    return pairs, funnel, attempts
+
+def tabulate_rows(
+    rows: Sequence[dict],         # of `build_rows`
+    instructions: Sequence[str],  # one per row
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # funnel, one row per edit; attempts, one row per caption pair
+    "The rows of a log as two tables with fixed columns."
     attempts = [dict(id=row["id"], attempt=n, **tried) for row in rows for n, tried in enumerate(row["attempts"], 1)]
-    funnel = [dict({k: v for k, v in row.items() if k not in ("attempts", "verdict")}, attempt=len(row["attempts"]), instruction=by_id[row["id"]].instruction,
-                   **dict(row["attempts"][-1] if row["attempts"] else {}, verdict=row["verdict"])) for row in rows]
-    pairs = [PromptPair(f["prompt1"], f["prompt2"], by_id[f["id"]].image1, by_id[f["id"]].image2) for f in funnel if f["verdict"] == "kept"]
-    return pairs, _frame(funnel, ("id", "instruction", *EDIT_CHECKS, *_OK[:3])), _frame(attempts, ("id",))
+    funnel = [dict({k: v for k, v in row.items() if k not in ("attempts", "verdict")}, attempt=len(row["attempts"]), instruction=text,
+                   **dict(row["attempts"][-1] if row["attempts"] else {}, verdict=row["verdict"])) for row, text in zip(rows, instructions, strict=True)]
+    return _frame(funnel, ("id", "instruction", *EDIT_CHECKS, *_OK[:3])), _frame(attempts, ("id",))
 
 _OK = tuple(f"{name}_ok" for name in EDIT_CHECKS + CAPTION_CHECKS)
 _CAPTION_COLUMNS = ("attempt", "prompt1", "prompt2", "structure", "own1", "own2", "cross1", "cross2", *_OK[3:], "verdict")
