@@ -4,12 +4,12 @@
 __all__ = ['UNKNOWN', 'FOCUSDIFF', 'SOFTREPA', 'REALIGNDIFF', 'DATA', 'PAPER', 'Entry', 'entries', 'find_entry', 'Found',
            'missing_files', 'size_on_disk', 'data_dir', 'cached_snapshot', 'locate']
 
-# %% ../nbs/08_catalogue.ipynb #d3dc19c8
+# %% ../nbs/08_catalogue.ipynb #8a056a18
 import importlib.util, json, os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import ConfigError, DataError, check_scale, out_dir, repo_root
+from .core import ConfigError, DataError, check_scale, out_dir, repo_root, zoo_dir
 from .zoo import read_manifest, resolve, verify
 
 # %% ../nbs/08_catalogue.ipynb #d8ef87e1
@@ -88,12 +88,13 @@ DATA = (
 )
 PAPER = (*FOCUSDIFF, *REALIGNDIFF, *SOFTREPA, *DATA)
 
-# %% ../nbs/08_catalogue.ipynb #dfbb783b
+# %% ../nbs/08_catalogue.ipynb #a5625c77
 def entries(
     scale: str = "paper",  # one of `core.SCALES`
 ) -> tuple[Entry, ...]:    # what is needed first
     "What a scale reads."
     if check_scale(scale) == "paper": return tuple(sorted(PAPER, key=lambda e: e.optional))
+    if not read_manifest(): raise ConfigError(f"no checkpoints in {zoo_dir()}: restore data/zoo from the repository, or train them again with make zoo")
     return tuple(Entry(name, "zoo", name, ", ".join(sorted({Path(found.get("notebook", "")).stem})), tuple(sorted(found["sha256"])), found["parameters"] / 1e9, "Apache-2.0", "no") for name, found in sorted(read_manifest().items()))
 
 def find_entry(
