@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['RATE', 'Number', 'SFT_STEPS', 'RL_STEPS', 'PAIRS', 'GROUP', 'COARSE_STEPS', 'COARSE_BATCH', 'SOFT_STEPS',
-           'SOFT_BATCH', 'MICRO', 'STEPS', 'SECONDS_AN_IMAGE', 'PEAK_GB', 'SIDES', 'IMAGES', 'FORWARD', 'Cost',
-           'memory_gb', 'activation_gb', 'flop_hours', 'costs', 'cost_of', 'Machine', 'visible_gpus', 'this_machine',
-           'next_steps', 'entry_lines', 'machine_lines', 'cost_lines', 'missing_entries', 'diagnose', 'plan_lines',
-           'disk_lines', 'print_plan', 'main']
+           'SOFT_BATCH', 'MICRO', 'STEPS', 'SECONDS_AN_IMAGE', 'PEAK_GB', 'METHODS', 'SIDES', 'IMAGES', 'FORWARD',
+           'Cost', 'memory_gb', 'activation_gb', 'flop_hours', 'costs', 'cost_of', 'Machine', 'visible_gpus',
+           'this_machine', 'next_steps', 'entry_lines', 'machine_lines', 'cost_lines', 'missing_entries', 'diagnose',
+           'plan_lines', 'disk_lines', 'print_plan', 'main']
 
 # %% ../nbs/18_doctor.ipynb #3d0b3033
 import argparse, os, shutil, subprocess, sys
@@ -58,12 +58,13 @@ def flop_hours(
     "Hours at `RATE`."
     return tflop / (RATE * gpus) / 3600
 
-# %% ../nbs/18_doctor.ipynb #5d5bf13e
+# %% ../nbs/18_doctor.ipynb #70a4cd45
 SFT_STEPS, RL_STEPS, PAIRS, GROUP = 50_000, 3000, 32, 7           # of `sft.training_preset`
 COARSE_STEPS, COARSE_BATCH = 100, 64                              # of `realign_study.STUDIES`
 SOFT_STEPS, SOFT_BATCH, MICRO = dict(sd=26_000, sdxl=30_000, sd3=30_000), dict(sd=8, sdxl=16, sd3=4), 16   # of `soft_study.STUDIES`
 STEPS = dict(sd=30, sdxl=30, sd3=28)                              # ditto, of sampling
 SECONDS_AN_IMAGE, PEAK_GB = dict(sd=1.526, sdxl=4.059, sd3=4.637), dict(sd=2.621, sdxl=10.45, sd3=18.77)   # SoftREPA, Table 1
+METHODS = dict(sd=23, sdxl=11, sd3=18)                            # of `soft_methods`, on COCO
 SIDES = dict(sd=512, sdxl=1024, sd3=1024)                         # pixels
 IMAGES = dict(paircomp=550 * 2 * 2, geneval=553 * 4, t2i_compbench=900 * 10, dpg=1065 * 4, coco=5000, abc6k=6434, cc500=446)
 FORWARD = 15.0                                                    # TFLOP of an image through Janus-Pro-7B, with guidance
@@ -90,7 +91,7 @@ def _picture_costs() -> list[Cost]:
         out.append(Cost(f"65_paint-{b}", 1, 2 * PEAK_GB["sd"] + fine, hours, f"{IMAGES[b]:,} images of 50 steps at the paper's seconds; a fine stage takes about twice that; backbone, captioner and phrase model, other scorers unknown"))
     return out
 
-# %% ../nbs/18_doctor.ipynb #26c60ec1
+# %% ../nbs/18_doctor.ipynb #590b52b7
 def costs() -> list[Cost]:   # the first whose name begins a notebook's name counts
     "What the presets of scale `paper` take."
     coarse = memory_gb(0.85, 4, 16, 1, 3.7 * 4, COARSE_BATCH, 3)
@@ -99,10 +100,10 @@ def costs() -> list[Cost]:   # the first whose name begins a notebook's name cou
         frozen, pair = 2 * PEAK_GB[kind], 2 * (40 - 2 * 2) / 16
         out.append(Cost(f"66_train_soft-{kind}-", 1, frozen + MICRO * pair * (1 if kind == "sd3" else 0.5), _soft_hours(kind),
                         f"{SOFT_STEPS[kind]:,} steps of {SOFT_BATCH[kind]}² pairs at the paper's seconds; {MICRO} pairs at a time, an upper bound from 16 pairs of SD3 on 40 GB" + ("" if kind == "sd3" else ", half of it for a UNet") + "; paper: two A100"))
-        for b, n in (("coco", 5000), ("geneval", 553)):
-            out.append(Cost(f"67_soft_generate-{b}-{kind}", 1, frozen, n * SECONDS_AN_IMAGE[kind] / 3600, f"each method: {n:,} images at the paper's seconds"))
+        for b, n, methods in (("coco", 5000, METHODS[kind]), ("geneval", 553, 2)):
+            out.append(Cost(f"67_soft_generate-{b}-{kind}-", 1, frozen, methods * n * SECONDS_AN_IMAGE[kind] / 3600, f"{methods} methods, {n:,} images each at the paper's seconds"))
     out.append(Cost("72_soft_edit", 1, 2 * PEAK_GB["sd3"], 2 * 700 * SECONDS_AN_IMAGE["sd3"] * 2 / 3600, "700 edits, with and without tokens, about two images' time each"))
-    out.append(Cost("61_build_pairs", 1, 1, None, "about 8 questions to a judge an edit: depends on your editing set"))
+    out.append(Cost("61_build_pairs", 0, 0, None, "about 8 questions to a judge an edit: depends on your editing set"))
     return [*out, Cost("", 0, 0, 15 / 3600, "a report: seconds, no GPU")]
 
 def cost_of(
@@ -159,7 +160,7 @@ def entry_lines(
     if found.there: return lines
     return [*lines, f"         lacks {', '.join(found.missing[:5])}", *(f"         -> {s}" for s in next_steps(entry))]
 
-# %% ../nbs/18_doctor.ipynb #6a49b61a
+# %% ../nbs/18_doctor.ipynb #e90ccd7e
 def machine_lines(
     machine: Machine,
     scale: str,         # what is planned
@@ -171,7 +172,7 @@ def machine_lines(
     largest = max((gb for _, gb in machine.gpus), default=0)
     for c in costs():
         if c.gpus > len(machine.gpus) or c.memory > largest:
-            lines.append(f"         {c.job} wants {c.gpus} GPU{'s' * (c.gpus > 1)} of {c.memory:.0f} GB")
+            lines.append(f"         {c.job or 'a report'} wants {c.gpus} GPU{'s' * (c.gpus > 1)} of {c.memory:.0f} GB")
     return lines
 
 def cost_lines() -> list[str]:
@@ -203,7 +204,7 @@ def _verdict(scale: str, lost: list[str], machine: Machine) -> bool:
     print(f"not ready for scale {scale}: {'; '.join(reasons)}" if reasons else f"ready for scale {scale}")
     return not reasons
 
-# %% ../nbs/18_doctor.ipynb #a3f08695
+# %% ../nbs/18_doctor.ipynb #b6ad2a06
 def plan_lines(
     jobs: dict[str, Number],   # notebook -> seconds guessed by the Snakefile
     scale: str,               # one of `core.SCALES`
@@ -217,7 +218,9 @@ def plan_lines(
         taken = [cost_of(n) for n in names]
         hours = sum(c.gpus * c.hours for c in taken if c.hours is not None)
         whole, unknown = whole + hours, unknown + sum(c.hours is None for c in taken)
-        lines.append(f"  {len(names):>4}  {kind:<18} {hours:>7.0f} GPU hours (estimate), up to {max(c.memory for c in taken):.0f} GB on each of up to {max(c.gpus for c in taken)} GPU{'s' * (max(c.gpus for c in taken) > 1)}")
+        gpus, unsure = max(c.gpus for c in taken), any(c.hours is None for c in taken)
+        need = f"{hours:>7.0f} GPU hours (estimate), up to {max(c.memory for c in taken):.0f} GB on {'each of 8 GPUs' if gpus > 1 else 'one GPU'}" if gpus else "unknown hours: it waits for its judges" if unsure else "minutes, no GPU"
+        lines.append(f"  {len(names):>4}  {kind:<18} {need}")
     if scale == "paper": return [*lines, f"  in all about {whole:.0f} GPU hours, an estimate" + (f", and {unknown} of unknown length" if unknown else "")]
     return [*lines, f"  in all about {sum(jobs.values()) / 60:.0f} minutes of one processor"]
 
