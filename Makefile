@@ -1,4 +1,4 @@
-# make reproduce [SCALE=tiny|small|paper|smoke] [CORES=n]   every table and figure, from training to reports/
+# make reproduce [SCALE=tiny|small|paper|smoke] [CORES=n]   every table and figure, from training to reports/; with DRY=1 only the plan
 # make test                                                 all checks and all library notebooks
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -30,8 +30,8 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@$(PY) -m pip install -e '.[dev]' -c constraints.txt | sed -u '/already satisfied/d'
 	@touch $@
 
-reproduce: $(STAMP)  ## train, evaluate and report at SCALE; goes on where a stopped run ended
-	@$(PY) -m focusdiff.pipeline reproduce $(SCALE) --cores $(CORES)
+reproduce: $(STAMP)  ## train, evaluate and report at SCALE; goes on where a stopped run ended; DRY=1 prints the plan
+	@$(PY) -m focusdiff.pipeline reproduce $(SCALE) --cores $(CORES) $(if $(filter-out 0,$(DRY)),--dry)
 
 test: $(STAMP)  ## the house-rule checks, every library notebook, the import time
 	@$(PY) .ci/notebooks.py test

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['notebook_cells', 'read_parameters', 'check_parameters', 'modules_of', 'code_version', 'seconds_left', 'Board',
-           'clean_executed', 'run_notebook', 'printed', 'planned_jobs', 'reproduce', 'publish', 'main']
+           'clean_executed', 'run_notebook', 'printed', 'planned_jobs', 'reproduce', 'dry_run', 'publish', 'main']
 
 # %% ../nbs/54_pipeline.ipynb #fb00ead1
 import argparse, ast, contextlib, difflib, fcntl, hashlib, json, os, re, subprocess, sys, threading, time
@@ -277,7 +277,7 @@ def _snakemake(scale: str, cores: int) -> list[str]:  # the command line
     return [sys.executable, "-m", "snakemake", "--config", f"scale={scale}", "--cores", str(cores), "--rerun-incomplete", "--nolock",
             "--scheduler", "greedy", "--nocolor", "--directory", str(repo_root()), "--snakefile", str(repo_root() / "Snakefile")]
 
-# %% ../nbs/54_pipeline.ipynb #93a6697a
+# %% ../nbs/54_pipeline.ipynb #3119b1b3
 def reproduce(
     scale: str = "tiny",       # one of `SCALES`
     cores: int | None = None,  # notebooks at a time, default: all processors
@@ -286,6 +286,7 @@ def reproduce(
     from focusdiff.warm import warm_kernels
     start, cores = time.monotonic(), cores or len(os.sched_getaffinity(0))
     if check_scale(scale) != "paper": os.environ["HF_HUB_OFFLINE"] = "1"
+    else: os.environ.setdefault("FOCUSDIFF_BENCHMARKS", str(repo_root() / "data" / "raw"))   # where focusdiff-fetch puts them
     os.environ["FOCUSDIFF_RUN"] = str(os.getpid())
     with _only_run(scale):
         command = _snakemake(scale, cores)
@@ -304,6 +305,19 @@ def reproduce(
     else: print(f"Stopped after {format_seconds(time.monotonic() - start)}; the same command goes on from here.", file=sys.stderr)
     return status
 
+# %% ../nbs/54_pipeline.ipynb #4a520d0a
+def dry_run(
+    scale: str = "tiny",       # one of `SCALES`
+    cores: int | None = None,  # notebooks at a time, default: all processors
+) -> int:                      # exit status: 0 when a plan was printed, ready or not
+    "Print what `reproduce` would do."
+    from focusdiff.doctor import print_plan
+    command = _snakemake(check_scale(scale), cores or len(os.sched_getaffinity(0)))
+    dry = subprocess.run([*command, "--dry-run", "--printshellcmds"], capture_output=True, text=True)
+    if dry.returncode: print(dry.stdout + dry.stderr, file=sys.stderr); return dry.returncode
+    print_plan(planned_jobs(dry.stdout + dry.stderr), scale)
+    return 0
+
 # %% ../nbs/54_pipeline.ipynb #c6993ec7
 def publish(
     source: str | Path,    # out/<scale>
@@ -320,7 +334,7 @@ def publish(
     write_atomic(manifest, json.dumps(dict(scale=source.name, files=names), indent=1) + "\n")
     return names
 
-# %% ../nbs/54_pipeline.ipynb #6f5274ef
+# %% ../nbs/54_pipeline.ipynb #ab141684
 def _value(text: str) -> Any:  # 3 -> int, tiny -> str
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
@@ -337,18 +351,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     whole = verbs.add_parser("reproduce", help="run what is missing or stale")
     whole.add_argument("scale"); whole.add_argument("--cores", type=int)
+    whole.add_argument("--dry", action="store_true", help="print the plan: notebooks, checkpoints, data, disk, GPU memory and hours")
     copy = verbs.add_parser("publish", help="copy finished artefacts")
     copy.add_argument("source"); copy.add_argument("target")
     return parser
 
-# %% ../nbs/54_pipeline.ipynb #4bf08194
+# %% ../nbs/54_pipeline.ipynb #a855359a
 def main(
     argv: list[str] | None = None,  # default: the process's arguments
 ) -> int:                           # exit status
     "Entry of `python -m focusdiff.pipeline`."
     args = _parser().parse_args(argv)
     try:
-        if args.verb == "reproduce": return reproduce(args.scale, args.cores)
+        if args.verb == "reproduce": return (dry_run if args.dry else reproduce)(args.scale, args.cores)
         if args.verb == "run":
             output = run_notebook(args.notebook, args.output, {k: _value(v) for k, v in args.parameters}, args.threads)
             if args.show: print(printed(output), end="")
