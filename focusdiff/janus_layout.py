@@ -4,9 +4,8 @@
 __all__ = ['VISION_TOWERS', 'VQ_MODELS', 'TOKENS', 'name_map', 'config_from_original', 'Layout', 'janus_shapes', 'check_tensors',
            'read_weights', 'from_original', 'to_original']
 
-# %% ../nbs/24_janus_layout.ipynb #700f8a61
+# %% ../nbs/24_janus_layout.ipynb #3915f1ac
 import dataclasses, json, os, pickle, re, shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable
 import torch
@@ -166,7 +165,7 @@ def check_tensors(
     told = [f"{len(bad)} {'tensor is' if len(bad) == 1 else 'tensors are'} {kind}: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}" for kind, bad in faults.items() if bad]
     if told: raise DataError("; ".join(told), file=file)
 
-# %% ../nbs/24_janus_layout.ipynb #0195541d
+# %% ../nbs/24_janus_layout.ipynb #58b8f0d3
 def _weight_files(folder: Path) -> list[Path]:  # safetensors before pickles
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -179,7 +178,7 @@ def _open_weights(file: Path) -> dict[str, Tensor]:  # mapped into memory
     from safetensors.torch import load_file
     if not file.exists(): raise DataError("named in the index but not there: complete the download", file=file)
     try: state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
         raise DataError(f"cannot be read as weights ({str(e).splitlines()[0][:90]}): damaged, or more than tensors", file=file) from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()): raise DataError("expected a dictionary of tensors: names and nothing around them", file=file)
     return state
