@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['run_command', 'read_prompts', 'read_cases', 'name_prompts', 'claim_folder', 'save_png', 'generate', 'open_rgb',
-           'list_images', 'judge', 'summary', 'paircomp', 'build_pairs']
+           'list_images', 'judge', 'summary', 'paircomp', 'build_pairs', 'convert_janus']
 
 # %% ../nbs/53_cli.ipynb #64716022
 import argparse, contextlib, json, os, sys, tempfile
@@ -391,3 +391,23 @@ def build_pairs(
 ) -> int:                           # exit status
     "The command `focusdiff-build-pairs`."
     return run_command(_build_pairs_parser(), _build_pairs, argv)
+
+# %% ../nbs/53_cli.ipynb #6ad2a27e
+def _convert_janus_parser() -> argparse.ArgumentParser:
+    p = _parser("focusdiff-convert-janus", "Convert a Janus checkpoint of the original layout to transformers, or back.", """\
+  focusdiff-convert-janus Janus-FocusDiff-7B --out focusdiff-7b
+  focusdiff-convert-janus out/paper/train/pair_grpo-0/policy --like Janus-Pro-7B --out original""")
+    p.add_argument("folder", metavar="FOLDER", help="the checkpoint to convert, a local folder")
+    p.add_argument("--like", metavar="FOLDER", help="convert back, with config and tokenizer files from this original checkpoint of the same model")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
+    return p
+
+def _convert_janus(args: argparse.Namespace) -> None:
+    from focusdiff.janus_layout import from_original, to_original
+    print(f"{to_original(args.folder, args.out, args.like) if args.like else from_original(args.folder, args.out)} is complete")
+
+def convert_janus(
+    argv: list[str] | None = None,  # arguments; None: those of the process
+) -> int:                           # exit status
+    "The command `focusdiff-convert-janus`."
+    return run_command(_convert_janus_parser(), _convert_janus, argv)
