@@ -41,12 +41,12 @@ def read_cc500(
     if len(lines) < 446: raise DataError(f"{len(lines)} lines, CC-500 has 446: fetch the file again", file=path)
     return [Item(i, line, "two objects") for i, line in enumerate(lines[:446])]
 
-# %% ../nbs/44_alignment_sets.ipynb #6a013567
+# %% ../nbs/44_alignment_sets.ipynb #3cacbd10
 def read_coco(
     path: str | Path,   # captions_val2014.json, or that of 2017
     n: int = 5000,      # images (section 4.1)
     seed: int = 42,     # of the draw
-) -> list[Item]:        # meta: image_id, caption_id, file_name
+) -> list[Item]:        # meta: image_id, caption_id, file_name, captions (all of the image)
     "Captions of `n` distinct images, one each, the same for everybody."
     file = Path(path)
     if not file.is_file(): raise DataError("no such file: fetch annotations_trainval2014.zip from cocodataset.org and unpack it", file=file)
@@ -63,15 +63,16 @@ def read_coco(
     if len(captions) < n: raise DataError(f"{len(captions)} images with captions, {n} wanted: pass a smaller n", file=file)
     rng = np.random.default_rng(seed)
     drawn = [(i, *sorted(captions[i])[int(rng.integers(len(captions[i])))]) for i in rng.permutation(sorted(captions))[:n].tolist()]
-    return [Item(k, text, "coco", dict(image_id=i, caption_id=c, file_name=names[i])) for k, (i, c, text) in enumerate(drawn)]
+    return [Item(k, text, "coco", dict(image_id=i, caption_id=c, file_name=names[i], captions=[words for _, words in sorted(captions[i])])) for k, (i, c, text) in enumerate(drawn)]
 
 def coco_training(
     n: int,                            # captions
     folder: str | Path | None = None,  # with captions_train2014.json and train2014; None: the one that FOCUSDIFF_BENCHMARKS names
+    year: int = 2014,                  # or 2017
 ) -> tuple[list[Item], Path]:          # captions, and the folder of their pictures
     "Captions of training pictures; a picture outside its folder is a `DataError`."
     folder = Path(folder or os.environ.get("FOCUSDIFF_BENCHMARKS") or "FOCUSDIFF_BENCHMARKS is not set")
-    file, pictures = folder / "captions_train2014.json", folder / "train2014"
+    file, pictures = folder / f"captions_train{year}.json", folder / f"train{year}"
     items = read_coco(file, n)
     for row, i in enumerate(items):
         if not (pictures / i.meta["file_name"]).resolve().is_relative_to(pictures.resolve()): raise DataError(f"{i.meta['file_name']} lies outside {pictures}", file=file, row=row, field="file_name")

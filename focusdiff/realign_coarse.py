@@ -230,7 +230,7 @@ def best_images(
     scores = scores.where(scores.isfinite(), -math.inf)
     return images[np.arange(len(prompts)), scores.argmax(1).cpu().numpy()]
 
-# %% ../nbs/31_realign_coarse.ipynb #36919a7c
+# %% ../nbs/31_realign_coarse.ipynb #18963ed5
 class RealignCoarse(StepModule):
     "Reward feedback learning of a diffusion backbone."
     def __init__(
@@ -249,7 +249,7 @@ class RealignCoarse(StepModule):
             self.denoiser.requires_grad_(False)
             self.denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         self.trained = [p for p in self.denoiser.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.trained] if config.ema else []
+        self.average, self.averaged = [p.detach().clone() for p in self.trained] if config.ema else [], 0
 
     def configure_optimizers(self) -> Any: return torch.optim.AdamW(self.trained, lr=self.config.lr, weight_decay=self.config.weight_decay)
 
@@ -265,10 +265,12 @@ class RealignCoarse(StepModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         n = self.global_step
+        if n == self.averaged: return   # a step may have several passes
+        self.averaged = n
         for kept, p in zip(self.average, self.trained): kept.lerp_(p.detach().to(kept.device), 1 - (1 + n) / (10 + n))
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None: checkpoint["average"] = self.average
-    def on_load_checkpoint(self, checkpoint: dict) -> None: self.average = checkpoint["average"]
+    def on_save_checkpoint(self, checkpoint: dict) -> None: checkpoint["average"], checkpoint["averaged"] = self.average, self.averaged
+    def on_load_checkpoint(self, checkpoint: dict) -> None: self.average, self.averaged = checkpoint["average"], checkpoint["averaged"]
 
 # %% ../nbs/31_realign_coarse.ipynb #ace221c9
 @patch

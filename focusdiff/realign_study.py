@@ -23,7 +23,7 @@ from .realign_fine import Modulating, Modulation, make_layout, refine
 from .regions import Region, SceneSegmenter, SceneTagger, find_regions, load_segmenter, load_tagger
 from .scorers import load_captioner, load_clip, load_image_reward, load_matcher
 
-# %% ../nbs/46_realign_study.ipynb #d0d55d34
+# %% ../nbs/46_realign_study.ipynb #34fb4a9e
 COARSE = {
     "coarse": dict(estimator="likelihood"),
     "coarse_score_function": dict(estimator="score_function"),
@@ -46,19 +46,20 @@ class Study:
     how: Denoising = field(default_factory=Denoising)   # of the pictures that are scored
     coarse: dict = field(default_factory=dict)          # changes of `CoarseConfig`
     batch: int = 64                          # prompts a step (C9)
+    micro: int = 4                           # of them in a pass: all 64 at once would take some 200 GB
     captions: int = 20_000                   # training captions
     probe: int = 64                          # held-out prompts of the learning curve
     probe_every: int = 10                    # steps between its points
     every: int = 1                           # each how manieth prompt of a set is painted
 
-# %% ../nbs/46_realign_study.ipynb #e29bf065
+# %% ../nbs/46_realign_study.ipynb #b190f853
 _TINY = dict(backbone="tiny-sd", captioner="tiny-blip2", matcher="tiny-blip2-itm", clip="tiny-clip", negclip="tiny-negclip", finder=("scene", "rules", "scene"), how=Denoising(10, 7.5))
 _TINY_COARSE = dict(steps=10, first=6, scheduler="ddim", guidance=7.5, lr=5e-5, reward_weight=1.0, regulariser="reference", ema=False, group=2)
 STUDIES = {
     "paper": Study(),
-    "small": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=300), batch=32, captions=10_000, probe_every=25),
-    "tiny": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=40), batch=16, captions=2000, probe=96, probe_every=20),
-    "smoke": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=2, steps=4, first=2), batch=2, captions=8, probe=4, probe_every=1, every=40),
+    "small": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=300), batch=32, micro=32, captions=10_000, probe_every=25),
+    "tiny": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=40), batch=16, micro=16, captions=2000, probe=96, probe_every=20),
+    "smoke": Study(**_TINY, coarse=dict(_TINY_COARSE, max_steps=2, steps=4, first=2), batch=2, micro=2, captions=8, probe=4, probe_every=1, every=40),
 }
 
 def coarse_config(

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['STUDIES', 'SHELF', 'SoftStudy', 'soft_config', 'new_part', 'implied', 'low_rank_targets', 'nearest_rank', 'LowRank',
            'save_part', 'load_part', 'change_offsets', 'training_inputs', 'put_away', 'take_up', 'digest',
-           'already_made', 'readable', 'asked_prompts', 'caption_items', 'distinct_pairs', 'edit_images']
+           'already_made', 'readable', 'asked_prompts', 'caption_items', 'distinct_pairs', 'SoftData', 'soft_data',
+           'probe_score', 'edit_images']
 
 # %% ../nbs/49_soft_study.ipynb #bcbc498f
 import dataclasses, hashlib, io, json
@@ -13,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/49_soft_study.ipynb #c35a5dff
+# %% ../nbs/49_soft_study.ipynb #7a7a8f0f
 from . import scenes as world
-from .alignment_sets import SETS, load_alignment_set
+from .alignment_sets import SETS, coco_training, load_alignment_set
 from .benchmarks import load_benchmark
 from .contrastive import CaptionedImage, Contrast, SoftREPAConfig
 from .core import ConfigError, DataError, Run, check_scale, derive_seed, make_config, repo_root, write_atomic
 from .diffusion import Backbone, Denoising
 from .editing import WITH_TOKENS, FlowEditing, MasaCtrl, PnP, SharedEditing, flow_edit, shared_edit
 from .results import load_scores
+from .scorers import load_clip, to_pixels
 from .soft_methods import EDITORS, training
 from .softrepa import SoftTokens, is_mmdit, make_soft_tokens
 from .zoo import file_sums
@@ -270,6 +272,43 @@ def distinct_pairs(
         if len(chosen) == n: break
         if not any(implied(item.captions[0], c.captions[0]) or implied(c.captions[0], item.captions[0]) for c in chosen): chosen.append(item)
     return chosen
+
+# %% ../nbs/49_soft_study.ipynb #b5deef82
+@dataclasses.dataclass
+class SoftData:
+    "What a training reads."
+    train: list[CaptionedImage]   # with all captions
+    pairs: list[CaptionedImage]   # held out, for the measures; the first caption counts
+    prompts: list[str]            # held out, for early stopping
+
+def _coco_data(study: SoftStudy, backbone: Backbone) -> SoftData:
+    held, asked = study.probe + study.pairs, {i.meta["image_id"] for i in load_alignment_set("coco")}
+    found, folder = coco_training(study.captions, year=2017)
+    found = [i for i in found if i.meta["image_id"] not in asked]
+    lengths = map(len, backbone.pipe.tokenizer([c for i in found for c in i.meta["captions"]], verbose=False)["input_ids"])
+    said = [tuple(c for c in i.meta["captions"] if next(lengths) <= backbone.context) for i in found]
+    items = [CaptionedImage(captions, folder / i.meta["file_name"]) for captions, i in zip(said, found) if captions]
+    return SoftData(items[held:], items[study.probe:held], [i.captions[0] for i in items[:study.probe]])
+
+def soft_data(
+    scale: str,           # one of `core.SCALES`
+    backbone: Backbone,   # that reads the captions
+) -> SoftData:
+    "Pictures and captions of a scale's trainings; what the tables ask for is not among them."
+    study = STUDIES[check_scale(scale)]
+    if scale == "paper": return _coco_data(study, backbone)
+    train = caption_items(study.captions, backbone, "train", asked_prompts())
+    known = asked_prompts() | {c for i in train for c in i.captions}
+    return SoftData(train, distinct_pairs(study.pairs, backbone, known), [i.captions[0] for i in caption_items(study.probe, backbone, "probe", known)])
+
+def probe_score(
+    scale: str,   # one of `core.SCALES`
+    device: Any = "cpu",   # of the scorer
+) -> Any:         # function of uint8 pictures and their prompts: the mean over them, higher is better
+    "What early stopping looks at."
+    if check_scale(scale) != "paper": return lambda images, prompts: float(world.oracle_scores(images, prompts, soft=True).mean())
+    clip = load_clip(STUDIES[scale].clip, device)
+    return lambda images, prompts: float(clip(to_pixels(images).to(clip.device), prompts).mean())
 
 # %% ../nbs/49_soft_study.ipynb #614b6fba
 def edit_images(
