@@ -4,8 +4,8 @@
 __all__ = ['notebook_cells', 'read_parameters', 'check_parameters', 'modules_of', 'code_version', 'seconds_left', 'Board',
            'clean_executed', 'run_notebook', 'printed', 'planned_jobs', 'reproduce', 'dry_run', 'publish', 'main']
 
-# %% ../nbs/54_pipeline.ipynb #fb00ead1
-import argparse, ast, contextlib, difflib, fcntl, hashlib, json, os, re, subprocess, sys, threading, time
+# %% ../nbs/54_pipeline.ipynb #8187a6f2
+import argparse, ast, contextlib, difflib, fcntl, functools, hashlib, json, os, re, subprocess, sys, threading, time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -69,7 +69,21 @@ def _notebook_tree(notebook: str | Path) -> ast.Module:  # all code cells as one
     plain = ["\n".join(line for line in cell.splitlines() if not line.lstrip().startswith(("%", "!"))) for cell in code]
     return ast.parse("\n".join(plain))
 
-# %% ../nbs/54_pipeline.ipynb #dc5681d9
+# %% ../nbs/54_pipeline.ipynb #81be997a
+def _strip_docstrings(tree: ast.AST) -> ast.AST:  # the same tree, changed in place
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list): continue
+        node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))]
+    return tree
+
+@functools.cache   # the graph asks for each module about a hundred times
+def _parsed(text: str, there: frozenset[str]) -> tuple[set[str], str]:   # modules that a module imports, and its code
+    tree = ast.parse(text)
+    return _focusdiff_imports(tree, there), ast.dump(_strip_docstrings(tree))
+
+def _module(package: Path, name: str) -> tuple[set[str], str]: return _parsed((package / f"{name}.py").read_text(encoding="utf-8"), frozenset(p.stem for p in package.glob("*.py")))
+
 def modules_of(
     notebook: str | Path,         # an experiment or a report
     package: Path | None = None,  # folder of the package, default: this one
@@ -81,26 +95,17 @@ def modules_of(
     while todo:
         name = todo.pop()
         seen.add(name)
-        todo |= _focusdiff_imports(ast.parse((package / f"{name}.py").read_text(encoding="utf-8")), there) - seen
+        todo |= _module(package, name)[0] - seen
     return sorted(seen)
 
-# %% ../nbs/54_pipeline.ipynb #d6bd5544
-def _strip_docstrings(tree: ast.AST) -> ast.AST:  # the same tree, changed in place
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if not isinstance(body, list): continue
-        node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))]
-    return tree
-
+# %% ../nbs/54_pipeline.ipynb #0f68564f
 def code_version(
     notebook: str | Path,         # an experiment or a report
     package: Path | None = None,  # folder of the package, default: this one
 ) -> str:                         # 12 hex digits
     "Hash of the code of all modules behind a notebook; comments, docstrings and layout do not count."
     package, digest = package or Path(__file__).parent, hashlib.sha256()
-    for name in modules_of(notebook, package):
-        tree = _strip_docstrings(ast.parse((package / f"{name}.py").read_text(encoding="utf-8")))
-        digest.update(f"{name}\0{ast.dump(tree)}".encode())
+    for name in modules_of(notebook, package): digest.update(f"{name}\0{_module(package, name)[1]}".encode())
     return digest.hexdigest()[:12]
 
 # %% ../nbs/54_pipeline.ipynb #b7676710
