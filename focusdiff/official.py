@@ -92,18 +92,24 @@ def write_official(
         if layout == "geneval": write_atomic(folder / f"{item.index:05d}/metadata.jsonl", json.dumps(_record(item)))
     return folder
 
-# %% ../nbs/16_official.ipynb #7be227da
+# %% ../nbs/16_official.ipynb #6199f655
 def _numbered(files: Iterable[Path]) -> list[Path]: return sorted(files, key=lambda f: (int(re.search(r"(\d+)\.png$", f.name)[1]), f.name))
+
+def _grouped(folder: Path) -> dict[str, list[Path]]:   # files by what stands before their last number
+    groups: dict[str, list[Path]] = {}
+    for f in _numbered(f for f in folder.glob("*.png") if re.search(r"_\d+\.png$", f.name)): groups.setdefault(f.name.rpartition("_")[0], []).append(f)
+    return groups
 
 def _seen(layout: str, folder: Path, items: Sequence[Any], n: int) -> list[list[Path]]:   # what is there, by prompt
     if layout == "geneval": return [_numbered(f for f in (folder / f"{i.index:05d}/samples").glob("*.png") if f.stem.isdigit()) for i in items]
-    if layout != "t2i_compbench": return [[f for name in names if (f := folder / name).is_file()] for names in official_files(layout, items, n)]
+    if layout == "dpg": return [[f for f in (folder / f"{i.meta['item_id']}.png",) if f.is_file()] for i in items]
+    if layout == "paircomp":
+        groups = _grouped(folder)
+        return [groups.get(f"{i.meta['case']}_{i.meta['prompt_idx']}", []) for i in items]
     _one_set(items)
-    by_prompt: dict[str, list[Path]] = {}
-    for f in _numbered(f for f in (folder / "samples").glob("*.png") if re.search(r"_\d+\.png$", f.name)): by_prompt.setdefault(f.name.rpartition("_")[0], []).append(f)
-    rows = {p: [i for i in items if i.prompt == p] for p in {i.prompt for i in items}}
+    groups, rows = _grouped(folder / "samples"), {p: [i for i in items if i.prompt == p] for p in {i.prompt for i in items}}
     # a prompt that the file holds twice shares its pictures, in order
-    return [by_prompt.get(i.prompt, [])[(k := next(k for k, r in enumerate(rows[i.prompt]) if r is i)) * n : (k + 1) * n if k + 1 < len(rows[i.prompt]) else None] for i in items]
+    return [groups.get(i.prompt, [])[(k := next(k for k, r in enumerate(rows[i.prompt]) if r is i)) * n : (k + 1) * n if k + 1 < len(rows[i.prompt]) else None] for i in items]
 
 def _check_record(item: Any, folder: Path) -> None:
     file = folder / f"{item.index:05d}/metadata.jsonl"

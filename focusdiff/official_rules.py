@@ -170,7 +170,7 @@ def geneval_scores(
     judge = f"GenEval rules, boxes of {detector.id}" + (f", colours of {colors.id}" if hasattr(colors, "id") else "")
     return pd.DataFrame(rows).assign(benchmark="geneval", model=model, judge=judge)
 
-# %% ../nbs/17_official_rules.ipynb #4ba5566a
+# %% ../nbs/17_official_rules.ipynb #d45ede63
 class GroundingDetector:
     "Boxes of GroundingDINO."
     def __init__(
@@ -190,7 +190,8 @@ class GroundingDetector:
         with torch.inference_mode(): return [self._one(i, n) for i, n in zip(images, names, strict=True)]
 
     def _one(self, image: np.ndarray, names: list[str]) -> list[Box]:
-        batch = self.processor(images=[image] * len(names), text=[f"{n.lower()}." for n in names], padding=True, return_tensors="pt").to(self.model.device)
+        from PIL import Image
+        batch = self.processor(images=[Image.fromarray(image)] * len(names), text=[f"{n.lower()}." for n in names], padding=True, return_tensors="pt").to(self.model.device)
         found = self.processor.post_process_grounded_object_detection(self.model(**batch), batch["input_ids"], target_sizes=[image.shape[:2]] * len(names), **self.thresholds)
         return [Box(n, tuple(b), s) for n, f in zip(names, found) for b, s in zip(f["boxes"].tolist(), f["scores"].tolist()) if round(b[0]) < round(b[2]) and round(b[1]) < round(b[3])]
 
