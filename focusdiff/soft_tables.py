@@ -7,7 +7,7 @@ __all__ = ['KIND_NAMES', 'KIND_COLORS', 'METHOD_NAMES', 'METHOD_COLORS', 'EDITOR
            'soft_note', 'moved', 'not_run_kinds', 'here', 'trained_measures', 'picture_values', 'change', 'level',
            'timesteps', 'oracle_marks', 'picture_grid', 'places']
 
-# %% ../nbs/59_soft_tables.ipynb #409ec961
+# %% ../nbs/59_soft_tables.ipynb #05844d97
 import json, math, textwrap
 from pathlib import Path
 from typing import Any, Sequence
@@ -15,6 +15,7 @@ from typing import Any, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 # %% ../nbs/59_soft_tables.ipynb #11883b15
 from .alignment_tables import item_differences, metric_means, paper_notes, verdict
@@ -210,42 +211,48 @@ def here(
     parts = {k: frame[frame.kind == k] for k in KINDS}
     return {k: f for k, f in parts.items() if len(f) and set(variants) <= set(f.variant)}
 
-# %% ../nbs/59_soft_tables.ipynb #577e2ce6
+# %% ../nbs/59_soft_tables.ipynb #f99e9512
 def trained_measures(
     scale: str,        # whose run this is
-) -> pd.DataFrame:     # measure, timestep, image, value, tokens, kind, training, seed
+) -> pd.DataFrame:     # measure, timestep, image, value, tokens, group (pictures that were compared with one another), kind, training, seed
     "The measures of `66_train_soft`, picture by picture."
     files = sorted((out_dir(scale) / "soft").glob("*/measures.csv"))
     names = [f.parent.name.split("-") for f in files]
     frames = [pd.read_csv(f, dtype=dict(timestep=str)).assign(kind=k, training=t, seed=int(s)) for f, (k, t, s) in zip(files, names)]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["measure", "timestep", "image", "value", "tokens", "kind", "training", "seed"])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["measure", "timestep", "image", "value", "tokens", "group", "kind", "training", "seed"])
 
 def picture_values(
     measures: pd.DataFrame,   # of one backbone and training
     measure: str,             # "nats", "likelihood_nats", "matched", "mismatched" or "right"
     timestep: str = "",       # one, or "all"; "": the mean over the grid
-) -> pd.DataFrame:            # index: image, columns: tokens; seeds averaged
-    "One measure of each picture."
+) -> pd.DataFrame:            # index: group and image, columns: tokens; seeds averaged
+    "One measure of each picture; those that were compared with one another, under the same noises, are a group."
     part = measures[(measures.measure == measure) & (measures.timestep == timestep if timestep else measures.timestep != "all")]
     if part.empty: raise DataError(f"no values of {measure!r} at timestep {timestep or 'any'}: train again with 66_train_soft", field="measure")
-    return part.pivot_table(index="image", columns="tokens", values="value")
+    return part.assign(group=part.image // part.group).pivot_table(index=["group", "image"], columns="tokens", values="value")
 
-# %% ../nbs/59_soft_tables.ipynb #0b5975a9
+# %% ../nbs/59_soft_tables.ipynb #a4c080cc
+def _interval(values: pd.Series) -> tuple[float, float, float]:   # mean, low, high
+    groups = values.groupby("group").mean()
+    if len(groups) < 3: return paired_interval(np.zeros(len(values)), values.to_numpy(float))
+    half = stdtrit(len(groups) - 1, 0.975) * groups.sem()
+    return float(groups.mean()), float(groups.mean() - half), float(groups.mean() + half)
+
 def change(
     values: pd.DataFrame,   # of `picture_values`
     tokens: str = "last",   # "last": where training ended, "trained": those that were kept
     base: str = "base",     # to compare with
 ) -> pd.Series:             # difference, low, high, items
-    "Mean paired change over pictures with its interval."
-    difference, low, high = paired_interval(values[base].to_numpy(float), values[tokens].to_numpy(float))
+    "Mean paired change with a 95 % t interval over groups, because pictures of a group are not independent; fewer than three groups: bootstrap over pictures."
+    difference, low, high = _interval(values[tokens] - values[base])
     return pd.Series(dict(difference=difference, low=low, high=high, items=len(values)))
 
 def level(
     values: pd.DataFrame,   # of `picture_values`
     tokens: str,            # a column
 ) -> tuple[float, float, float]:   # mean, low, high
-    "Mean over pictures with its interval."
-    return paired_interval(np.zeros(len(values)), values[tokens].to_numpy(float))
+    "Mean with its interval, as in `change`."
+    return _interval(values[tokens])
 
 def timesteps(
     measures: pd.DataFrame,   # of `trained_measures`
