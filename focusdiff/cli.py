@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['run_command', 'read_prompts', 'read_cases', 'name_prompts', 'claim_folder', 'save_png', 'generate', 'open_rgb',
-           'list_images', 'judge', 'summary', 'paircomp', 'build_pairs', 'convert_janus']
+           'list_images', 'judge', 'summary', 'paircomp', 'build_pairs', 'convert_janus', 'convert_negclip']
 
 # %% ../nbs/53_cli.ipynb #64716022
 import argparse, contextlib, json, os, sys, tempfile
@@ -411,3 +411,22 @@ def convert_janus(
 ) -> int:                           # exit status
     "The command `focusdiff-convert-janus`."
     return run_command(_convert_janus_parser(), _convert_janus, argv)
+
+# %% ../nbs/53_cli.ipynb #5f2cacdf
+def _convert_negclip_parser() -> argparse.ArgumentParser:
+    p = _parser("focusdiff-convert-negclip", "Convert NegCLIP, an open_clip checkpoint file, to a CLIP folder of transformers.", """\
+  focusdiff-convert-negclip negclip.pth --out data/raw/negclip""")
+    p.add_argument("file", metavar="FILE", help="the checkpoint to convert, a local file")
+    p.add_argument("--like", default="openai/clip-vit-base-patch32", metavar="NAME", help="the CLIP that it was tuned from, for sizes and words: hub id or folder")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
+    return p
+
+def _convert_negclip(args: argparse.Namespace) -> None:
+    from focusdiff.clip_layout import clip_from_open_clip
+    print(f"{clip_from_open_clip(args.file, args.out, args.like)} is complete")
+
+def convert_negclip(
+    argv: list[str] | None = None,  # arguments; None: those of the process
+) -> int:                           # exit status
+    "The command `focusdiff-convert-negclip`."
+    return run_command(_convert_negclip_parser(), _convert_negclip, argv)

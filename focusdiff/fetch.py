@@ -104,14 +104,14 @@ def join_prompts(
     if sum(archive.getinfo(n).file_size for n in names) > limit: raise DataError(f"more than {limit:,} bytes when unpacked: refused")
     return "".join(json.dumps(dict(item_id=Path(n).stem, prompt=archive.read(n).decode("utf-8").strip())) + "\n" for n in names).encode()
 
-# %% ../nbs/09_fetch.ipynb #052d41f9
+# %% ../nbs/09_fetch.ipynb #f6d55beb
 _HAND = {
     "coco": "download annotations_trainval2014.zip from cocodataset.org and unpack captions_val2014.json",
     "coco-train": "download annotations_trainval2014.zip and train2014.zip from cocodataset.org and unpack captions_train2014.json and the folder train2014",
     "coco2017": "download annotations_trainval2017.zip and train2017.zip from cocodataset.org and unpack captions_train2017.json and the folder train2017",
     "pie-bench": "get PIE-Bench as PnPInversion distributes it and unpack mapping_file.json and annotation_images to pie-bench",
     "pairs-subset": "hf download midbee/FocusDiff-Data-Subset --repo-type dataset, with --local-dir set to focusdiff-data-subset",
-    "negclip": "convert NegCLIP (hub copy Nano1337/negclip) to a CLIPModel with hidden_act quick_gelu and save it, with its processor, to data/raw/negclip",
+    "negclip": "download NegCLIP's checkpoint (hub copy Nano1337/negclip, an open_clip file), then focusdiff-convert-negclip FILE --out data/raw/negclip",
     "imagereward": "pip install image-reward into an environment with transformers<4.55 and run its rows there",
     "training-pairs": "build the pairs once: python -m focusdiff.pipeline run nbs/experiments/61_build_pairs.ipynb out/paper/notebooks/61_build_pairs.ipynb -p scale paper -p seed 0 -p edits FILE "
                       "-p judge http://localhost:8002/v1#OpenGVLab/InternVL2_5-8B -p filter_judge http://localhost:8000/v1#OpenGVLab/InternVL2_5-26B",

@@ -115,7 +115,7 @@ def _special_tokens(**ids: Any) -> tuple[int, ...]:  # bos, pad, begin of image
         if not isinstance(value, int): raise ConfigError(f"the checkpoint's generation_config gives no {name}")
     return tuple(ids.values())
 
-# %% ../nbs/20_policy.ipynb #b9bb0e74
+# %% ../nbs/20_policy.ipynb #b984f64b
 def load_policy(
     name: str | Path,                     # zoo name, local folder or hub id
     device: Any = None,                   # default: the first GPU, else the CPU
@@ -123,11 +123,11 @@ def load_policy(
 ) -> JanusPolicy:                         # in evaluation mode
     "Load a Janus checkpoint with its processor."
     from transformers import AutoConfig, AutoProcessor, JanusForConditionalGeneration
-    from focusdiff.zoo import resolve
+    from focusdiff.zoo import load_whole, resolve
     path = resolve(str(name))
     kind = AutoConfig.from_pretrained(path).model_type
     if kind != "janus": raise ConfigError(f"{name} is a {kind!r} checkpoint, a policy needs Janus")
-    model = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    model = load_whole(JanusForConditionalGeneration, path, dtype=dtype)
     return JanusPolicy(model.to(device or pick_device()).eval(), AutoProcessor.from_pretrained(path))
 
 @patch

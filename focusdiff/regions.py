@@ -5,12 +5,13 @@ __all__ = ['Mask', 'TAG_QUESTION', 'Tag', 'Found', 'Region', 'Tagger', 'Segmente
            'cell_shares', 'disjoint_cells', 'join_regions', 'Coverage', 'find_regions', 'keep_boxes', 'GroundedSam',
            'load_segmenter', 'read_tags', 'VLMTagger', 'FlorenceTagger', 'load_tagger']
 
-# %% ../nbs/32_regions.ipynb #3904a8fa
+# %% ../nbs/32_regions.ipynb #81f1813e
 import json, re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Bool, Float
 
 # %% ../nbs/32_regions.ipynb #bf698a75
@@ -171,23 +172,25 @@ def keep_boxes(
         if (inner <= threshold * (area[kept] + area[i] - inner)).all(): kept.append(i)
     return kept
 
-# %% ../nbs/32_regions.ipynb #d79acb59
+# %% ../nbs/32_regions.ipynb #e8f95d1c
 class GroundedSam:
-    "GroundingDINO for boxes, SAM for masks."
+    "A detector for boxes (GroundingDINO, OWLv2), a SAM for masks."
     def __init__(
         self,
-        detector: str = "IDEA-Research/grounding-dino-tiny",   # SwinT-OGC; zoo name, folder or hub id
-        masker: str = "facebook/sam-vit-huge",                 # any `SamModel`
+        detector: str = "IDEA-Research/grounding-dino-tiny",   # SwinT-OGC, or an OWLv2; zoo name, folder or hub id
+        masker: str = "facebook/sam-vit-huge",                 # any SAM or SAM 2
         device: Any = None,                                    # default: the first GPU, else the CPU
         dtype: Any = "auto",                                   # of the weights: as saved, or a torch dtype
         box_threshold: float = 0.25,                           # as in the Grounded-SAM demo with RAM
         text_threshold: float = 0.20,                          # of a token, to name a box
         overlap: float = 0.5,                                  # of `keep_boxes`
     ):
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SamModel
+        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor, Sam2Model, SamModel
         self.id, paths = f"{detector}+{masker}", (resolve(detector), resolve(masker))
-        self.detector, self.masker = (load_whole(kind, p, dtype=dtype).to(device or pick_device()).eval() for kind, p in zip((AutoModelForZeroShotObjectDetection, SamModel), paths))
-        self.read_text, self.read_boxes = (AutoProcessor.from_pretrained(p) for p in paths)
+        sam2 = AutoConfig.from_pretrained(paths[1]).model_type in ("sam2", "sam2_video")   # SAM 2 is published with its video parts
+        kinds = AutoModelForZeroShotObjectDetection, Sam2Model if sam2 else SamModel
+        self.detector, self.masker = (load_whole(kind, p, dtype=dtype).to(device or pick_device()).eval() for kind, p in zip(kinds, paths))
+        self.read_text, self.read_boxes = AutoProcessor.from_pretrained(paths[0]), None if sam2 else AutoProcessor.from_pretrained(paths[1])
         self.thresholds, self.overlap = dict(threshold=box_threshold, text_threshold=text_threshold), overlap
 
     def segment(self, images: np.ndarray | list[np.ndarray], tags: list[list[str]]) -> list[list[Found | None]]:
@@ -195,8 +198,7 @@ class GroundedSam:
         with torch.inference_mode(): return [self._one(i, t) for i, t in zip(images, tags, strict=True)]
 
     def _boxes(self, picture: Any, tags: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:   # boxes, scores, index of the tag
-        batch = self.read_text(images=[picture] * len(tags), text=[f"{t.lower()}." for t in tags], padding=True, return_tensors="pt").to(self.detector.device, self.detector.dtype)
-        found = self.read_text.post_process_grounded_object_detection(self.detector(**batch), batch["input_ids"], target_sizes=[picture.size[::-1]] * len(tags), **self.thresholds)
+        found = (self._owl if self.detector.config.model_type == "owlv2" else self._dino)(picture, tags)
         boxes, scores = (np.concatenate([f[key].float().cpu().numpy() for f in found]) for key in ("boxes", "scores"))
         return boxes, scores, np.repeat(np.arange(len(tags)), [len(f["scores"]) for f in found])
 
@@ -207,15 +209,47 @@ class GroundedSam:
         boxes, scores, owner = self._boxes(picture, tags)
         kept = keep_boxes(boxes, scores, self.overlap)
         if not kept: return [None] * len(tags)
-        batch = self.read_boxes(images=picture, input_boxes=[boxes[kept].tolist()], return_tensors="pt").to(self.masker.device)
-        out = self.masker(batch["pixel_values"].to(self.masker.dtype), input_boxes=batch["input_boxes"].float(), multimask_output=False)
-        masks = self.read_boxes.image_processor.post_process_masks(out.pred_masks.float().cpu(), batch["original_sizes"].cpu(), batch["reshaped_input_sizes"].cpu())[0][:, 0].numpy() > 0
+        masks = (self._masks if self.read_boxes else self._masks2)(picture, boxes[kept])
         rows = [np.flatnonzero(owner[kept] == i) for i in range(len(tags))]
         return [Found(masks[r].any(0), float(scores[kept][r].max())) if len(r) else None for r in rows]
 
-# %% ../nbs/32_regions.ipynb #16db8f88
+# %% ../nbs/32_regions.ipynb #499e3917
+@patch
+def _dino(self: GroundedSam, picture: Any, tags: list[str]) -> list[dict]:   # boxes and scores for each tag, by GroundingDINO
+    batch = self.read_text(images=[picture] * len(tags), text=[f"{t.lower()}." for t in tags], padding=True, return_tensors="pt").to(self.detector.device, self.detector.dtype)
+    return self.read_text.post_process_grounded_object_detection(self.detector(**batch), batch["input_ids"], target_sizes=[picture.size[::-1]] * len(tags), **self.thresholds)
+
+@patch
+def _owl(self: GroundedSam, picture: Any, tags: list[str]) -> list[dict]:   # the same, by OWLv2
+    from PIL import Image
+    longest, side = max(picture.size), self.read_text.image_processor.size["height"]
+    square = Image.new("RGB", (longest, longest))
+    square.paste(picture)
+    square = square.resize((side, side), Image.Resampling.BILINEAR)
+    batch = self.read_text(images=[square] * len(tags), text=[[f"a photo of a {t.lower()}"] for t in tags], padding="max_length", truncation=True, do_pad=False, do_resize=False, return_tensors="pt")
+    out = self.detector(**batch.to(self.detector.device, self.detector.dtype))
+    return self.read_text.post_process_grounded_object_detection(out, self.thresholds["threshold"], [picture.size[::-1]] * len(tags))
+
+@patch
+def _masks(self: GroundedSam, picture: Any, boxes: np.ndarray) -> np.ndarray:   # bool [box, height, width], by SAM
+    batch = self.read_boxes(images=picture, input_boxes=[boxes.tolist()], return_tensors="pt").to(self.masker.device)
+    out = self.masker(batch["pixel_values"].to(self.masker.dtype), input_boxes=batch["input_boxes"].float(), multimask_output=False)
+    return self.read_boxes.image_processor.post_process_masks(out.pred_masks.float().cpu(), batch["original_sizes"].cpu(), batch["reshaped_input_sizes"].cpu())[0][:, 0].numpy() > 0
+
+@patch
+def _masks2(self: GroundedSam, picture: Any, boxes: np.ndarray) -> np.ndarray:   # bool [box, height, width], by SAM 2
+    import torch
+    from PIL import Image
+    side, (width, height), device = self.masker.config.prompt_encoder_config.image_size, picture.size, self.masker.device
+    x = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR)) / 255
+    x = torch.tensor((x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).permute(2, 0, 1)[None].to(device, self.masker.dtype)
+    places = torch.tensor(boxes * np.array([side / width, side / height] * 2), dtype=torch.float32, device=device)[None]
+    out = self.masker(pixel_values=x, input_boxes=places, multimask_output=False)
+    return torch.nn.functional.interpolate(out.pred_masks[0].float(), (height, width), mode="bilinear", align_corners=False)[:, 0].cpu().numpy() > 0
+
+# %% ../nbs/32_regions.ipynb #78f497f3
 def load_segmenter(
-    name: str,             # "scene", or "detector+masker": GroundingDINO and SAM by zoo name, folder or hub id
+    name: str,             # "scene", or "detector+masker": GroundingDINO or OWLv2 and SAM or SAM 2, by zoo name, folder or hub id
     device: Any = None,    # default: the first GPU, else the CPU
     **options: Any,        # of `GroundedSam`
 ) -> Segmenter:
@@ -226,7 +260,7 @@ def load_segmenter(
     if not plus: raise ConfigError(f"{name} names one model: expected detector+masker, as in IDEA-Research/grounding-dino-tiny+facebook/sam-vit-huge")
     return GroundedSam(detector, masker, device, **options)
 
-# %% ../nbs/32_regions.ipynb #b88993d1
+# %% ../nbs/32_regions.ipynb #abc6f6f5
 TAG_QUESTION = 'Name every kind of object that is visible in this picture. Answer with a JSON list of nouns and nothing else, as in ["dog", "table"].'
 
 def read_tags(
@@ -279,9 +313,9 @@ def load_tagger(
 ) -> Tagger:
     "From a name to a tagger."
     if name == "scene": return SceneTagger()
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+    from focusdiff.judge import load_processor
     path = resolve(name)
-    try: processor = AutoProcessor.from_pretrained(path)
-    except ImportError as e: raise ConfigError(f"the processor of {name} needs a missing package, often torchvision in the build for your torch: {e}") from e
+    processor = load_processor(path)
     model = load_whole(AutoModelForImageTextToText, path, dtype=dtype).to(device or pick_device())
     return FlorenceTagger(model, processor, name, 1024) if model.config.model_type == "florence2" else VLMTagger(model, processor, name)
