@@ -18,7 +18,7 @@ from torch import Tensor
 from .core import ConfigError, DataError, write_atomic
 from .diffusion import Backbone
 
-# %% ../nbs/34_softrepa.ipynb #11a3a86e
+# %% ../nbs/34_softrepa.ipynb #f3993cb7
 BUCKETS = 100   # of time
 
 def time_bucket(
@@ -28,9 +28,9 @@ def time_bucket(
     t = t.reshape(-1)
     if not torch.compiler.is_compiling() and not ((t >= 0) & (t <= 1000)).all():
         raise DataError(f"timesteps from {t.min().item():g} to {t.max().item():g}: soft tokens know the timesteps 0 to 1000")
-    return (t.long() // 10).clamp(max=BUCKETS - 1)
+    return (t.long() // 10).clamp(0, BUCKETS - 1)
 
-# %% ../nbs/34_softrepa.ipynb #5c2498f4
+# %% ../nbs/34_softrepa.ipynb #3187a1de
 class SoftTokens(torch.nn.Module):
     "Soft tokens and their time offsets; `sections` says where in a UNet they go, and is empty for an MM-DiT."
     def __init__(
@@ -57,8 +57,8 @@ class SoftTokens(torch.nn.Module):
     ) -> Float[Tensor, "batch layer soft channel"]:
         "$s^{(k,t)}$ of all layers."
         tokens = self.tokens[None] if project is None else project(self.tokens)[None]
-        if self.offsets is None: return tokens
-        return tokens + self.offsets[time_bucket(t.to(self.offsets.device))][:, :, None]
+        bucket = time_bucket(t.to(self.tokens.device))   # checks the timesteps of tokens without offsets too
+        return tokens if self.offsets is None else tokens + self.offsets[bucket][:, :, None]
 
     @property
     def size(self) -> int: return sum(p.numel() for p in self.parameters())   # trained numbers
