@@ -67,7 +67,7 @@ REALIGNDIFF = (
     Entry("clip-large", "checkpoint", "openai/clip-vit-large-patch14", "RealignDiff: second CLIP column, text encoder of the ancestor's code", _MODEL, optional=True, note="not read by a preset"),
 )
 
-# %% ../nbs/08_catalogue.ipynb #df99b867
+# %% ../nbs/08_catalogue.ipynb #16aa1134
 DATA = (
     Entry("paircomp", "data", "wendell0218/FocusDiff, PairComp/prompt", "FocusDiff: 63_evaluate (Table 1), 61_build_pairs (decontamination)", ("PairComp.json",), licence="none given: fetch it yourself, do not pass it on", note="550 cases, 146,134 bytes"),
     Entry("geneval", "data", "djghosh13/geneval, prompts", "FocusDiff: 63_evaluate (Table 2); SoftREPA: 67_soft_generate (Table 1)", ("geneval_evaluation_metadata.jsonl",), licence="MIT", note="553 prompts, 4 images each"),
@@ -79,7 +79,7 @@ DATA = (
     Entry("coco-train", "data", "MS-COCO 2014, annotations_trainval2014.zip and train2014.zip at cocodataset.org", "RealignDiff: 64_train_coarse", ("captions_train2014.json", "train2014/*.jpg"), note="82,783 pictures with captions"),
     Entry("pie-bench", "data", "PIE-Bench, distributed with PnPInversion", "SoftREPA: 72_soft_edit (Table 2)", ("pie-bench/mapping_file.json", "pie-bench/annotation_images/*"), note="700 pictures with masks"),
     Entry("training-pairs", "pairs", "an image-editing data set of yours, such as UltraEdit or AnyEdit", "FocusDiff: 62_train_policy", ("pairs.json", "funnel.parquet"), note="the paper's set has about 200,000 pairs; which sources it used is not recovered"),
-    Entry("coco2017", "data", "MS-COCO 2017, captions and train2017 at cocodataset.org", "SoftREPA: the paper trains on it; 66_train_soft draws scenes at every scale so far", ("captions_train2017.json", "train2017/*.jpg"), optional=True, note="118,287 pictures for training, 5,000 captions for evaluation"),
+    Entry("coco2017", "data", "MS-COCO 2017, captions and train2017 at cocodataset.org", "SoftREPA: 66_train_soft", ("captions_train2017.json", "train2017/*.jpg"), note="118,287 pictures for training, 5,000 captions for evaluation"),
     Entry("div2k", "data", "DIV2K", "SoftREPA: Table 2, edits whose prompts are not published", ("div2k/*",), optional=True),
     Entry("cat2dog", "data", "Cat2Dog", "SoftREPA: Table 2, edits whose prompts are not published", ("cat2dog/*",), optional=True),
     Entry("pairs-subset", "data", "midbee/FocusDiff-Data-Subset (a hub data set)", "FocusDiff: a published part of the training pairs", ("focusdiff-data-subset/*",), optional=True),

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# %% ../nbs/25_clip_layout.ipynb #c9117e79
+# %% ../nbs/25_clip_layout.ipynb #82e67767
 from .core import ConfigError, DataError
-from .janus_layout import _build_folder, check_tensors
+from .janus_layout import build_folder, check_tensors
 from .zoo import resolve
 
 # %% ../nbs/25_clip_layout.ipynb #316b3a7e
@@ -79,7 +79,7 @@ def read_open_clip(
     wrapped = all(name.startswith("module.") for name in state)
     return {name.removeprefix("module.") if wrapped else name: t for name, t in state.items()}
 
-# %% ../nbs/25_clip_layout.ipynb #96ee9544
+# %% ../nbs/25_clip_layout.ipynb #da20281f
 def clip_from_open_clip(
     file: str | Path,                            # NegCLIP's checkpoint, or another tuned from OpenAI's CLIP
     out: str | Path,                             # the folder to make
@@ -107,4 +107,4 @@ def clip_from_open_clip(
         save_file(weights, stage / "model.safetensors", metadata={"format": "pt"})
         for saver in (config, processor): saver.save_pretrained(stage)
     seen = file.stat()
-    return _build_folder(Path(out), [{file.name: [seen.st_size, seen.st_mtime_ns]}, like], work)
+    return build_folder(Path(out), [{file.name: [seen.st_size, seen.st_mtime_ns]}, like], work)

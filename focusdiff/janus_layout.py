@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['VISION_TOWERS', 'VQ_MODELS', 'TOKENS', 'name_map', 'config_from_original', 'Layout', 'janus_shapes', 'check_tensors',
-           'read_weights', 'from_original', 'to_original']
+           'read_weights', 'build_folder', 'from_original', 'to_original']
 
 # %% ../nbs/24_janus_layout.ipynb #3915f1ac
 import dataclasses, json, os, pickle, re, shutil
@@ -217,13 +217,17 @@ def _write_weights(
         index = {"metadata": {"total_size": sum(total)}, "weight_map": {n: file for file, names in zip(files, shards) for n in names}}
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True))
 
-# %% ../nbs/24_janus_layout.ipynb #5fd1005b
+# %% ../nbs/24_janus_layout.ipynb #74ff326f
 _RECORD = "converted_from.json"
 
 def _sources(*folders: Path) -> list[dict[str, list[int]]]:  # file -> [bytes, nanoseconds]
     return [{p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()} for folder in folders]
 
-def _build_folder(out: Path, record: list, work: Callable[[Path], None]) -> Path:  # `out`, complete
+def build_folder(
+    out: Path,                      # the folder to make
+    record: list,                   # what it is made of: a finished folder of the same is left alone, another one is an error
+    work: Callable[[Path], None],   # fills a folder beside it, which then takes its place
+) -> Path:                          # `out`, complete
     text = json.dumps(record, indent=1)
     if (out / _RECORD).exists() and (out / _RECORD).read_text() == text: return out
     if out.exists(): raise ConfigError(f"{out} exists and is not the conversion of these files: choose another folder, or delete it")
@@ -276,7 +280,7 @@ def _generation(tokenizer: Any) -> Any:  # `GenerationConfig` of the official sa
     boi = tokenizer.convert_tokens_to_ids(TOKENS["boi_token"])
     return GenerationConfig(**ids, do_sample=True, temperature=1.0, guidance_scale=5.0, generation_kwargs={"boi_token_id": boi, "uncond_pads": "visible"})
 
-# %% ../nbs/24_janus_layout.ipynb #f77ed151
+# %% ../nbs/24_janus_layout.ipynb #10af02e9
 def _tie(state: dict[str, Tensor], config: Any, head: str, table: str, file: Path) -> dict[str, Tensor]:  # with the head
     if not config.tie_word_embeddings or table not in state: return state
     if not torch.equal(state.get(head, state[table]), state[table]): raise DataError(f"the config ties it to {table}, but the two differ", file=file, field=head)
@@ -311,9 +315,9 @@ def from_original(
     def work(stage: Path) -> None:
         _write_weights(entries, stage, shard_bytes)
         for saver in (config, _generation(tokenizer), processor): saver.save_pretrained(stage)
-    return _build_folder(out, [*_sources(folder), shard_bytes], work)
+    return build_folder(out, [*_sources(folder), shard_bytes], work)
 
-# %% ../nbs/24_janus_layout.ipynb #39b73e5b
+# %% ../nbs/24_janus_layout.ipynb #db7bf757
 _SAME = {"text_config": ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"), "vision_config": ("num_attention_heads",)}  # what no shape shows
 
 def to_original(
@@ -340,4 +344,4 @@ def to_original(
         _write_weights(entries, stage, shard_bytes)
         for file in like.iterdir():
             if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"): shutil.copy2(file, stage)
-    return _build_folder(Path(out), [*_sources(folder, like), shard_bytes], work)
+    return build_folder(Path(out), [*_sources(folder, like), shard_bytes], work)

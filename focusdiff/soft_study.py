@@ -273,7 +273,7 @@ def distinct_pairs(
         if not any(implied(item.captions[0], c.captions[0]) or implied(c.captions[0], item.captions[0]) for c in chosen): chosen.append(item)
     return chosen
 
-# %% ../nbs/49_soft_study.ipynb #b5deef82
+# %% ../nbs/49_soft_study.ipynb #9517a1e3
 @dataclasses.dataclass
 class SoftData:
     "What a training reads."
@@ -297,8 +297,8 @@ def soft_data(
     "Pictures and captions of a scale's trainings; what the tables ask for is not among them."
     study = STUDIES[check_scale(scale)]
     if scale == "paper": return _coco_data(study, backbone)
-    train = caption_items(study.captions, backbone, "train", asked_prompts())
-    known = asked_prompts() | {c for i in train for c in i.captions}
+    train = caption_items(study.captions, backbone, "train", asked := asked_prompts())
+    known = asked | {c for i in train for c in i.captions}
     return SoftData(train, distinct_pairs(study.pairs, backbone, known), [i.captions[0] for i in caption_items(study.probe, backbone, "probe", known)])
 
 def probe_score(
