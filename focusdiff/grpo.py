@@ -152,17 +152,18 @@ def captions_of(
     "The captions of a batch of pairs, one by one."
     return [caption for pair in batch for caption in (pair.prompt1, pair.prompt2)]
 
-# %% ../nbs/21_grpo.ipynb #4d11b123
+# %% ../nbs/21_grpo.ipynb #55f82a4e
 def sample_rows(
     policy: Any,          # a `JanusPolicy`
     captions: list[str],  # one per prompt
     counts: list[int],    # rollouts of each
     sampling: Sampling,   # guidance, temperature, top-k
-    *stream: int | str,   # names the random stream, such as (seed, step, device)
+    *stream: int | str,   # names the random stream, such as (seed, step)
+    places: list[int] | None = None,  # number of each caption in that stream; default 0, 1, ...
 ) -> Rows:                # `counts[i]` rows of prompt i, then of i + 1; each prompt a group
     "Roll out `counts[i]` images of each caption and decode them."
     owner = [i for i, n in enumerate(counts) for _ in range(n)]
-    seeds = [derive_seed("rollout", *stream, i, j) for i, n in enumerate(counts) for j in range(n)]
+    seeds = [derive_seed("rollout", *stream, i, j) for i, n in zip(places or range(len(counts)), counts) for j in range(n)]
     prompts = [captions[i] for i in owner]
     rollout = policy.rollout(prompts, sampling, seeds)
     prompt = torch.tensor(owner, device=rollout.tokens.device)
@@ -194,7 +195,7 @@ def freeze_unused(
     for name, parameter in policy.named_parameters(): parameter.requires_grad_(not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #702b45d9
+# %% ../nbs/21_grpo.ipynb #617eb2bb
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -219,13 +220,15 @@ class GRPO(StepModule):
         share = lambda step: learning_rate(step, c.max_steps, c.peak_lr, c.convert_lr, c.final_lr, c.warmup_steps, c.convert_step) / c.peak_lr
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"}]
 
-    def stream(self) -> tuple[int, int, int]: return self.config.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank
+    def stream(self) -> tuple[int, int, int]: return self.config.seed, self.global_step, 0    # no device in it: `places` tells rows apart
+
+    def caption_places(self, batch: list) -> list[int]: return [2 * place + side for place in self.places(batch) for side in (0, 1)]
 
     def injection_probability(self) -> float: return 0.0
 
     def sample(self, batch: list) -> Rows:
         captions = captions_of(batch)
-        return sample_rows(self.policy, captions, [self.config.group_size] * len(captions), self.sampling, *self.stream())
+        return sample_rows(self.policy, captions, [self.config.group_size] * len(captions), self.sampling, *self.stream(), places=self.caption_places(batch))
 
     def advantages(self, rows: Rows, rewards: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, int]]:
         return group_advantages(rewards, valid, rows.prompt, self.config.advantage_eps)

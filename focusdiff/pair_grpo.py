@@ -102,7 +102,7 @@ class PairGRPOConfig(GRPOConfig):
         real = len(INJECTIONS[self.injection])
         if self.group_size <= real: raise ConfigError(f"group_size is {self.group_size}, and {real} rows are real images: at least one must be sampled")
 
-# %% ../nbs/22_pair_grpo.ipynb #87984826
+# %% ../nbs/22_pair_grpo.ipynb #8fec6d0d
 class PairGRPO(GRPO):
     "Pair-GRPO (section 3.5): what differs from GRPO is which rows there are, and who shares a group."
     config: PairGRPOConfig
@@ -114,14 +114,15 @@ class PairGRPO(GRPO):
 
     def draw_injection(self, batch: list) -> list[bool]:
         "One draw per pair; a pair without images is never injected."
-        p, rng = self.injection_probability(), np.random.default_rng(derive_seed("injection", *self.stream()))
-        return [bool(x < p and pair.image1 is not None and pair.image2 is not None) for x, pair in zip(rng.random(len(batch)), batch)]
+        p, places = self.injection_probability(), self.places(batch)
+        draws = np.random.default_rng(derive_seed("injection", *self.stream())).random(max(places) + 1)[places]    # those of the whole step, then ours
+        return [bool(x < p and pair.image1 is not None and pair.image2 is not None) for x, pair in zip(draws, batch)]
 
     def sample(self, batch: list) -> Rows:
         c, captions, inject = self.config, captions_of(batch), self.draw_injection(batch)
         real = len(INJECTIONS[c.injection])
         counts = [c.group_size - real * inject[i // 2] for i in range(len(captions))]
-        rows = sample_rows(self.policy, captions, counts, self.sampling, *self.stream())
+        rows = sample_rows(self.policy, captions, counts, self.sampling, *self.stream(), places=self.caption_places(batch))
         rows.pair = rows.prompt.new_tensor(pair_groups(batch))[rows.prompt]
         return add_ground_truth(self.policy, rows, batch, inject, c.injection, c.reward_on)
 

@@ -62,7 +62,7 @@ def cosine_rate(
     done = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
     return config.final_lr + (config.peak_lr - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
-# %% ../nbs/23_sft.ipynb #f15d02ae
+# %% ../nbs/23_sft.ipynb #02855a28
 class SFT(StepModule):
     "Supervised fine-tuning on the two real images of each pair."
     def __init__(
@@ -85,8 +85,9 @@ class SFT(StepModule):
         shown = [pair for pair in batch if pair.image1 is not None and pair.image2 is not None]
         if not shown: raise ConfigError(f"none of the {len(batch)} pairs of this batch has images: the supervised stage learns from real images")
         tokens = self.policy.encode_images(np.concatenate([load_images(pair, self.size) for pair in shown]))
-        rng = np.random.default_rng(derive_seed("dropout", self.config.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
-        dropped = torch.from_numpy(rng.random(len(tokens)) < self.config.prompt_dropout)
+        rows = [2 * place + side for place in self.places(shown) for side in (0, 1)]        # in the batch of the whole step
+        draws = np.random.default_rng(derive_seed("dropout", self.config.seed, self.global_step, 0)).random(max(rows) + 1)[rows]
+        dropped = torch.from_numpy(draws < self.config.prompt_dropout)
         loss = sft_loss(self.policy, captions_of(shown), tokens, dropped)
         self.record(loss=loss.item())
         return loss

@@ -105,12 +105,25 @@ class _SealedLoader:
     def __len__(self) -> int: return len(self.loader)
     def __iter__(self): return map(_Sealed, self.loader)
 
-# %% ../nbs/03_training.ipynb #49e4f7d7
+# %% ../nbs/03_training.ipynb #00a8fbda
 class StepModule(L.LightningModule):
     "A LightningModule whose metrics are averaged over the micro-batches and devices of one optimizer step."
     def __init__(self):
         super().__init__()
         self._records: list[dict[str, float]] = []
+        self._first = self._next = 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._first = self._next if self._records else 0      # nothing is recorded yet: the step begins
+        self._next = self._first + len(batch)
+
+    def places(
+        self,
+        batch: Any,    # of this device and micro-batch, dealt out as `pair_loader` does
+    ) -> list[int]:    # one place a record
+        "Where each record stands in the batch of the whole step: the same, however many devices and micro-batches share it."
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
+        return [(self._first + i) * world + rank for i in range(len(batch))]
 
     def record(
         self,
