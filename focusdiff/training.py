@@ -105,7 +105,7 @@ class _SealedLoader:
     def __len__(self) -> int: return len(self.loader)
     def __iter__(self): return map(_Sealed, self.loader)
 
-# %% ../nbs/03_training.ipynb #00a8fbda
+# %% ../nbs/03_training.ipynb #0a2988fd
 class StepModule(L.LightningModule):
     "A LightningModule whose metrics are averaged over the micro-batches and devices of one optimizer step."
     def __init__(self):
@@ -132,6 +132,10 @@ class StepModule(L.LightningModule):
         "Keep the metrics of one micro-batch until the optimizer steps."
         self._records.append(metrics)
 
+    def configure_model(self) -> None:
+        "A strategy that keeps shards of the weights (`24_parallel`) cuts them here."
+        if hasattr(self.trainer.strategy, "shard"): self.trainer.strategy.shard(self)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any: return batch.content
 
     def on_before_optimizer_step(self, optimizer) -> None:
@@ -140,18 +144,19 @@ class StepModule(L.LightningModule):
         values = self.all_gather(values).reshape(-1, len(names))
         logged = {name: column.nansum() if name.endswith("_count") else column.nanmean() for name, column in zip(names, values.T)}
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        logged["gradient_norm"] = torch.nn.utils.get_total_norm(grads) if grads else torch.tensor(0.0)
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.tensor(0.0)
+        logged["gradient_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # of shards: summed over the devices
         logged["learning_rate"] = optimizer.param_groups[0]["lr"]
         self.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in logged.items()} | {"step": float(self.global_step)})
 
-# %% ../nbs/03_training.ipynb #35aadf35
+# %% ../nbs/03_training.ipynb #423ad340
 def make_trainer(
     run_dir: str | Path,         # `last.ckpt`, `metrics.csv` and a failing batch are written here
     max_steps: int,              # optimizer steps in all, resumed ones included
     seed: int = 0,               # of dropout and of whatever else draws from the global generators
     devices: int | str = 1,      # how many, or "auto"
     nodes: int = 1,              # machines
-    strategy: str = "auto",      # Lightning's: "ddp", "deepspeed_stage_2" (the official recipe), "fsdp"
+    strategy: Any = "auto",      # "auto", "ddp", or what `parallel.make_strategy` gives for "deepspeed_stage_2" (the official recipe) and "fsdp"
     precision: str = "32-true",  # Lightning's: "bf16-mixed" or "bf16-true" on a GPU
     accumulate: int = 1,         # micro-batches per optimizer step
     clip: float = 1.0,           # largest gradient norm (Hugging Face Trainer default, which the official recipe keeps)
