@@ -13,10 +13,10 @@ STAMP := .venv/.complete
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help reproduce test check zoo bench lab notebooks readme env clean
+.PHONY: help reproduce test check zoo bench bench-gpu lab notebooks readme env clean
 
 help:      ## this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 env: $(STAMP)  ## the virtual environment .venv, as pinned in constraints.txt
 
@@ -46,6 +46,10 @@ bench: $(STAMP)  ## images/s of our roll-out against the generate of transformer
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/69_bench.ipynb out/bench/notebooks/69_bench.ipynb --threads $(CORES) --show
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/68_bench_diffusion.ipynb out/bench/notebooks/68_bench_diffusion.ipynb --threads $(CORES) --show
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/73_bench_soft.ipynb out/bench/notebooks/73_bench_soft.ipynb --threads $(CORES) --show
+
+bench-gpu: $(STAMP)  ## Janus-Pro-1B and 7B shapes on one GPU: roll-out, scoring, a Pair-GRPO step, beside generate and the memory bound; SCALE=smoke tries it on a CPU
+	@test "$(SCALE)" = smoke || $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make bench-gpu needs a GPU, and torch sees none here: SCALE=smoke tries the command on a CPU, with a small shape" >&2; exit 1; }
+	@$(PY) -m focusdiff.pipeline run nbs/experiments/75_bench_gpu.ipynb out/bench/notebooks/75_bench_gpu.ipynb --threads $(CORES) --show -p scale $(if $(filter smoke,$(SCALE)),smoke,paper)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs

@@ -1,4 +1,4 @@
-"""The graph of the study. `make reproduce SCALE=...` runs it; `snakemake --config scale=small --executor slurm ...` runs it on a cluster.
+"""The graph of the study. `make reproduce SCALE=...` runs it; `snakemake --profile .slurm --config scale=paper ...` runs it on a cluster.
 
 What is stale is decided by content, not by dates alone. A notebook runs again when
   - its own file changed (prose included: the executed copy is published),
@@ -6,7 +6,7 @@ What is stale is decided by content, not by dates alone. A notebook runs again w
   - a parameter changed, or a file it reads was made anew.
 So a new word in one report runs that report and the page that shows it, and nothing else.
 """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from focusdiff.core import check_scale
 from focusdiff.pipeline import code_version
@@ -46,6 +46,11 @@ SOFT = {
 }
 
 SECONDS = {"66_train_soft": 100, "67_soft_generate": 90, "72_soft_edit": 60, "64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
+
+# At scale paper: GPUs of a rule's jobs (.slurm/config.yaml may give other numbers), the editing set that pairs are built from, who judges it, and in how many shards
+GPUS = {"train_policy": 8, "evaluate": 1, "train_coarse": 1, "paint": 1, "train_soft": 1, "soft_generate": 1, "soft_edit": 1}
+EDIT_SET, FILTER_JUDGE = (config.get(k, os.environ.get(f"FOCUSDIFF_{k.upper()}", "")) for k in ("edits", "filter_judge"))
+PAIR_SHARDS = int(config.get("pair_shards", 8))
 
 # What a report reads, if it is not everything of its paper: "pairs", "training", "align", "coarse", "soft", or the name of a benchmark. A report on what a scale does not have is left out there.
 # RealignDiff's reports (r01 and on) read "align", the pictures and scores on its three sets; SoftREPA's (s01 and on) read "soft", its trainings, pictures and edits.
@@ -138,6 +143,12 @@ wildcard_constraints:
     editor = "|".join(EDITORS),
     stem = "|".join(REPORTS),
 
+def gpus(rule): return GPUS.get(rule, 0) if SCALE == "paper" else 0
+
+def torchrun(wildcards, resources):
+    "Several GPUs are several processes, each of which executes the notebook."
+    return f"-m torch.distributed.run --standalone --nproc_per_node {resources.gpu}" if int(resources.get("gpu", 0)) > 1 else ""
+
 # The command that runs one notebook; {resources.seconds} is only a guess for the time left.
 EXECUTE = "{PYTHON} -m focusdiff.pipeline run {input.notebook} {output.notebook} --seconds {resources.seconds} --threads {threads} -p scale {SCALE}"
 
@@ -151,23 +162,36 @@ else:         # the target lies in out/: a fresh clone, which carries reports, r
         input: f"{OUT}/published"
     if not Path("reports/index.html").exists(): Path(f"{OUT}/published").unlink(missing_ok=True)
 
+PAIR_SET = f" -p edits '{EDIT_SET}' -p filter_judge '{FILTER_JUDGE}' -p judge '{config.get('judge', FILTER_JUDGE)}'" if EDIT_SET and SCALE == "paper" else ""
+SHARD_CARDS = [f"{OUT}/pairs/shards/{i:05d}-of-{PAIR_SHARDS:05d}.json" for i in range(PAIR_SHARDS)] if PAIR_SET else []
+
+if PAIR_SET:           # a shard's log is no output, so that a stopped job goes on where it was
+    rule build_shard:
+        input: notebook=experiment("61_build_pairs")
+        output: card=f"{OUT}/pairs/shards/{{shard}}-of-{PAIR_SHARDS:05d}.json", notebook=f"{EXECUTED}61_build_pairs-{{shard}}.ipynb"
+        wildcard_constraints: shard=r"\d{5}"
+        params: code=version("experiments", "61_build_pairs"), shard=lambda w: f"{int(w.shard)}/{PAIR_SHARDS}"
+        resources: seconds=int(SECONDS["61_build_pairs"] * SPEED)
+        priority: 100
+        shell: EXECUTE + " -p seed 0 -p shard {params.shard}" + PAIR_SET
+
 rule build_pairs:
-    input: POLICY, notebook=experiment("61_build_pairs")
+    input: POLICY, SHARD_CARDS, notebook=experiment("61_build_pairs")
     output: *PAIRS, notebook=f"{EXECUTED}61_build_pairs.ipynb"
     params: code=version("experiments", "61_build_pairs")
     resources: seconds=int(SECONDS["61_build_pairs"] * SPEED)
     priority: 100
-    shell: EXECUTE + " -p seed 0 && rm -f {OUT}/pairs/log.jsonl"   # the log is for going on after a kill, not for another run
+    shell: EXECUTE + " -p seed 0" + (PAIR_SET + " -p shard merge" if PAIR_SET else "") + " && rm -f {OUT}/pairs/log.jsonl"   # the log is for going on after a kill, not for another run
 
 rule train_policy:
     input: starts_from, pairs=PAIRS, notebook=experiment("62_train_policy")
     output:   # the checkpoint to resume from is no output, so that Snakemake leaves it alone until the notebook is whole
         run=f"{OUT}/train/{{variant}}-{{seed}}/run.json",
         notebook=f"{EXECUTED}62_train_policy-{{variant}}-{{seed}}.ipynb"
-    params: code=version("experiments", "62_train_policy")
-    resources: seconds=int(SECONDS["62_train_policy"] * SPEED)
+    params: code=version("experiments", "62_train_policy"), torchrun=torchrun
+    resources: seconds=int(SECONDS["62_train_policy"] * SPEED), gpu=gpus("train_policy")
     priority: 50
-    shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed} && rm -rf {OUT}/train/{wildcards.variant}-{wildcards.seed}/state"
+    shell: EXECUTE.replace("{PYTHON}", "{PYTHON} {params.torchrun}") + " -p variant {wildcards.variant} -p seed {wildcards.seed} && rm -rf {OUT}/train/{wildcards.variant}-{wildcards.seed}/state"
 
 rule evaluate:
     input: judged, notebook=experiment("63_evaluate")
@@ -176,7 +200,7 @@ rule evaluate:
         images=f"{OUT}/scores/{{benchmark}}/{{variant}}-{{seed}}.npz",
         notebook=f"{EXECUTED}63_evaluate-{{benchmark}}-{{variant}}-{{seed}}.ipynb"
     params: code=version("experiments", "63_evaluate")
-    resources: seconds=int(SECONDS["63_evaluate"] * SPEED)
+    resources: seconds=int(SECONDS["63_evaluate"] * SPEED), gpu=gpus("evaluate")
     shell: EXECUTE + " -p variant {wildcards.variant} -p seed {wildcards.seed} -p benchmark {wildcards.benchmark}"
 
 rule train_coarse:
@@ -186,7 +210,7 @@ rule train_coarse:
         curve=f"{OUT}/coarse/{{stage}}-{ALIGN_SEED}/curve.csv",
         notebook=f"{EXECUTED}64_train_coarse-{{stage}}.ipynb"
     params: code=version("experiments", "64_train_coarse")
-    resources: seconds=int(SECONDS["64_train_coarse"] * SPEED)
+    resources: seconds=int(SECONDS["64_train_coarse"] * SPEED), gpu=gpus("train_coarse")
     priority: 60
     shell: EXECUTE + " -p variant {wildcards.stage} -p seed {ALIGN_SEED} && rm -rf {OUT}/coarse/{wildcards.stage}-{ALIGN_SEED}/state"
 
@@ -197,7 +221,7 @@ rule paint:
         images=f"{OUT}/align/{{benchmark}}/{{method}}-{ALIGN_SEED}.npz",
         notebook=f"{EXECUTED}65_paint-{{benchmark}}-{{method}}.ipynb"
     params: code=version("experiments", "65_paint")
-    resources: seconds=int(SECONDS["65_paint"] * SPEED)
+    resources: seconds=int(SECONDS["65_paint"] * SPEED), gpu=gpus("paint")
     shell: EXECUTE + " -p variant {wildcards.method} -p seed {ALIGN_SEED} -p benchmark {wildcards.benchmark}"
 
 def shelved(wildcards):
@@ -212,7 +236,7 @@ rule train_soft:
         cubes=f"{OUT}/soft/{{kind}}-{{training}}-{{seed}}/cubes.npz",
         notebook=f"{EXECUTED}66_train_soft-{{kind}}-{{training}}-{{seed}}.ipynb"
     params: code=version("experiments", "66_train_soft")
-    resources: seconds=int(SECONDS["66_train_soft"] * SPEED)
+    resources: seconds=int(SECONDS["66_train_soft"] * SPEED), gpu=gpus("train_soft")
     priority: 40
     shell: EXECUTE + " -p kind {wildcards.kind} -p variant {wildcards.training} -p seed {wildcards.seed} && rm -rf {OUT}/soft/{wildcards.kind}-{wildcards.training}-{wildcards.seed}/state"
 
@@ -222,7 +246,7 @@ rule soft_generate:   # the pictures are no outputs, so that a stopped job goes 
         painted=f"{OUT}/soft_pictures/{{benchmark}}/{{kind}}-{{seed}}.json",
         notebook=f"{EXECUTED}67_soft_generate-{{benchmark}}-{{kind}}-{{seed}}.ipynb"
     params: code=version("experiments", "67_soft_generate"), variants=lambda w: listed(soft_methods(w))
-    resources: seconds=int(SECONDS["67_soft_generate"] * SPEED)
+    resources: seconds=int(SECONDS["67_soft_generate"] * SPEED), gpu=gpus("soft_generate")
     priority: 30
     shell: EXECUTE + ' -p benchmark {wildcards.benchmark} -p kind {wildcards.kind} -p seed {wildcards.seed} -p variants "{params.variants}"'
 
@@ -232,7 +256,7 @@ rule soft_edit:       # ditto
         edited=f"{OUT}/soft_edits/{{benchmark}}/{{editor}}-{{seed}}.json",
         notebook=f"{EXECUTED}72_soft_edit-{{benchmark}}-{{editor}}-{{seed}}.ipynb"
     params: code=version("experiments", "72_soft_edit"), variants=lambda w: listed(soft_edits(w))
-    resources: seconds=int(SECONDS["72_soft_edit"] * SPEED)
+    resources: seconds=int(SECONDS["72_soft_edit"] * SPEED), gpu=gpus("soft_edit")
     shell: EXECUTE + ' -p edit_set {wildcards.benchmark} -p editor {wildcards.editor} -p seed {wildcards.seed} -p variants "{params.variants}"'
 
 rule report:

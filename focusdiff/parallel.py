@@ -56,7 +56,7 @@ def _sharded(policy: Any, mesh: Any, dtype: torch.dtype | None) -> None:  # cuts
     register_fsdp_forward_method(policy, "_hidden")
     for name in ("rollout", "encode_images", "decode_tokens"): setattr(policy, name, _with_whole_weights(units, getattr(policy, name)))
 
-# %% ../nbs/24_parallel.ipynb #b4ea4b6c
+# %% ../nbs/24_parallel.ipynb #453e8fe1
 class Shards(ModelParallelStrategy):
     "Lightning's strategy for `fully_shard`, one shard of a policy's weights, gradients and Adam's state a device."
     def __init__(self, devices: int, dtype: torch.dtype | None = None):
@@ -66,6 +66,7 @@ class Shards(ModelParallelStrategy):
     def shard(self, module: Any) -> None:
         "Cut the policy of a module; called by `configure_model`, and again by Lightning without effect."
         if self.policy is not None: return
+        if len({p.dtype for p in module.policy.parameters()}) > 1: raise ConfigError("fsdp shards weights of one dtype, and a LoRA in bf16 has two: it is small enough for 'ddp'")
         self.policy = module.policy
         _sharded(self.policy, self.device_mesh["data_parallel"], self.dtype)
         module.trained = [p for p in self.policy.parameters() if p.requires_grad]     # the shards took the places of the parameters

@@ -213,7 +213,7 @@ def _say_failure(job: str, error: Exception, copy: Path, log: Path) -> None:  # 
     else: print(f"{type(error).__name__}: {error}\n--- last words of the kernel:\n" + log.read_text(errors="replace")[-2000:], file=sys.stderr)
     print(f"--- the executed copy: {where}\n{'=' * 70}", file=sys.stderr, flush=True)
 
-# %% ../nbs/54_pipeline.ipynb #978552e6
+# %% ../nbs/54_pipeline.ipynb #aba92b14
 def run_notebook(
     notebook: str | Path,          # an experiment or a report
     output: str | Path,            # where the executed copy goes
@@ -223,7 +223,9 @@ def run_notebook(
     "Execute one notebook in a fresh kernel; `output` appears only when every cell succeeded."
     sys.modules.setdefault("rfc3987_syntax", None)   # an extra of jsonschema: reading its grammar takes longer than all else that is imported here
     import nbformat, papermill
-    notebook, output, job = Path(notebook), Path(output).resolve(), Path(output).stem
+    notebook, output = Path(notebook), Path(output).resolve()
+    if rank := int(os.environ.get("RANK", 0)): output = output.parent.parent / "ranks" / f"{output.stem}.rank{rank}.ipynb"   # only the first process's copy counts
+    job = output.stem
     check_parameters(notebook, parameters)
     home, since = output.parent.parent, time.time()
     board, copy, status = Board(home / "progress"), home / "unfinished" / output.name, home / "progress" / f"{job}.txt"
