@@ -9,6 +9,7 @@ So a new word in one report runs that report and the page that shows it, and not
 import json, os, sys
 from pathlib import Path
 from focusdiff.core import check_scale
+from focusdiff.doctor import visible_gpus
 from focusdiff.pipeline import code_version
 from focusdiff.realign_methods import coarse_stage, first_picture, study_plan
 from focusdiff.soft_methods import EDITORS, KINDS, TRAININGS, kinds_at_hand, parts_of, soft_plan
@@ -47,8 +48,8 @@ SOFT = {
 
 SECONDS = {"66_train_soft": 100, "67_soft_generate": 90, "72_soft_edit": 60, "64_train_coarse": 120, "65_paint": 90, "61_build_pairs": 60, "62_train_policy": 150, "63_evaluate": 60, "report": 15}   # guesses for the first run at scale tiny
 
-# At scale paper: GPUs of a rule's jobs (.slurm/config.yaml may give other numbers), the editing set that pairs are built from, who judges it, and in how many shards
-GPUS = {"train_policy": 8, "evaluate": 1, "train_coarse": 1, "paint": 1, "train_soft": 1, "soft_generate": 1, "soft_edit": 1}
+# At scale paper: GPUs of a rule's jobs (those in sight, a power of two that divides a step; .slurm/config.yaml says its own), the editing set that pairs are built from, who judges it, and in how many shards
+GPUS = {"train_policy": min(8, 1 << len(visible_gpus()).bit_length() >> 1) or 1, "evaluate": 1, "train_coarse": 1, "paint": 1, "train_soft": 1, "soft_generate": 1, "soft_edit": 1}
 EDIT_SET, FILTER_JUDGE = (config.get(k, os.environ.get(f"FOCUSDIFF_{k.upper()}", "")) for k in ("edits", "filter_judge"))
 PAIR_SHARDS = int(config.get("pair_shards", 8))
 

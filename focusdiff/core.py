@@ -94,11 +94,11 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #52dce9ff
+# %% ../nbs/00_core.ipynb #92f12e21
 def pick_device() -> Any:  # `torch.device`
-    "The first CUDA device when there is one, else the CPU."
+    "The first CUDA device when there is one (under `torchrun` the one of this process), else the CPU."
     import torch
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 def image_hash(
     image: Any,  # uint8 array [height, width, channel]

@@ -271,7 +271,7 @@ def _only_run(scale: str) -> Iterator[None]:
         except BlockingIOError: raise ConfigError(f"another run at scale {scale} is in progress here: wait for it, or stop it first") from None
         yield
 
-# %% ../nbs/54_pipeline.ipynb #13ff8573
+# %% ../nbs/54_pipeline.ipynb #93148bda
 _JOB = re.compile(r"-m focusdiff\.pipeline run (\S+) (\S+) --seconds ([\d.]+)")
 
 def planned_jobs(
@@ -281,8 +281,9 @@ def planned_jobs(
     return {Path(output).stem: float(seconds) for _, output, seconds in _JOB.findall(dry_run)}
 
 def _snakemake(scale: str, cores: int) -> list[str]:  # the command line
+    from focusdiff.doctor import visible_gpus
     return [sys.executable, "-m", "snakemake", "--config", f"scale={scale}", "--cores", str(cores), "--rerun-incomplete", "--nolock",
-            "--scheduler", "greedy", "--nocolor", "--directory", str(repo_root()), "--snakefile", str(repo_root() / "Snakefile")]
+            *(["--resources", f"gpu={n}"] if (n := len(visible_gpus())) else []), "--scheduler", "greedy", "--nocolor", "--directory", str(repo_root()), "--snakefile", str(repo_root() / "Snakefile")]
 
 # %% ../nbs/54_pipeline.ipynb #3119b1b3
 def reproduce(
