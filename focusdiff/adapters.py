@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'LoRAConfig', 'lora_layers', 'add_lora', 'adapter_off', 'weight_of', 'merged', 'save_adapter',
-           'load_adapter']
+           'load_adapter', 'drop_frozen', 'add_frozen']
 
 # %% ../nbs/18_adapters.ipynb #831b8aa7
 from contextlib import contextmanager
@@ -133,3 +133,23 @@ def load_adapter(
     if wrong: raise DataError(f"{len(wrong)} tensors are missing, unexpected or of another shape, such as {wrong[0]}: this adapter is of another model", file=file)
     with torch.no_grad():
         for name, p in want.items(): p.copy_(saved[name])
+
+# %% ../nbs/18_adapters.ipynb #a415e843
+def drop_frozen(
+    checkpoint: dict,      # Lightning's, changed in place
+    module: nn.Module,     # whose it is; without an adapter nothing is dropped
+) -> None:
+    "Keep only the adapter of the weights of a checkpoint."
+    if lora_layers(module) and "state_dict" in checkpoint:
+        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if ".lora_" in name}
+
+def add_frozen(
+    checkpoint: dict,      # Lightning's, changed in place
+    module: nn.Module,     # which is to continue from it
+) -> None:
+    "Undo `drop_frozen` with the module's own frozen weights; another adapter is a `ConfigError`."
+    if not lora_layers(module) or "state_dict" not in checkpoint: return
+    state, saved = module.state_dict(), checkpoint["state_dict"]
+    want = {name for name in state if ".lora_" in name}
+    if want != {name for name in saved if ".lora_" in name}: raise ConfigError("the checkpoint was written with another adapter: start in a new folder")
+    checkpoint["state_dict"] = {**state, **saved}
