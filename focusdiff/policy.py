@@ -179,7 +179,7 @@ def _uncond_ids(self: JanusPolicy, ids: list[int]) -> list[int]:  # the same row
     bos, pad, boi = self.special
     return [bos, boi] if self.uncond_pads == "masked" else [bos] + [pad] * (len(ids) - 2) + [boi]
 
-# %% ../nbs/20_policy.ipynb #70a85688
+# %% ../nbs/20_policy.ipynb #369bbbe4
 def _pad(
     rows: list[list[int]],  # token ids of different lengths
     pad: int,               # pad token id
@@ -201,6 +201,11 @@ def codebook_table(
     return self.model.model.generation_aligner(self.model.model.generation_embeddings.weight)
 
 @patch
+def _read(self: JanusPolicy, tokens: Tensor) -> Tensor:  # [row, token, width]: what the language model reads; few tokens are aligned by themselves
+    if tokens.numel() > self.vocabulary: return F.embedding(tokens, self.codebook_table())
+    return self.model.model.generation_aligner(self.model.model.generation_embeddings(tokens))
+
+@patch
 def _before_logits(self: JanusPolicy, hidden: Tensor, guidance: float) -> Tensor:  # [pair, *token, width]: guidance before the head's last, affine layer
     head = self.model.model.generation_head
     hidden = head.activation_fn(head.proj_out(hidden))
@@ -217,7 +222,7 @@ def guided_logits(
     "The generation head."
     return self.model.model.generation_head.vision_head(self._before_logits(hidden, guidance))
 
-# %% ../nbs/20_policy.ipynb #047c0041
+# %% ../nbs/20_policy.ipynb #8c20c1dc
 @patch
 def _hidden(
     self: JanusPolicy,
@@ -229,7 +234,7 @@ def _hidden(
     lm, names = self.model.model.language_model, {}
     index = torch.tensor([names.setdefault(tuple(p), len(names)) for p in prefixes], device=self.device)
     ids, mask = _pad([list(p) for p in names], self.special[1], padding, self.device)
-    image = F.embedding(tokens[:, :-1], self.codebook_table())   # [row, token - 1, width]
+    image = self._read(tokens[:, :-1])                           # [row, token - 1, width]
     if lm.is_gradient_checkpointing and lm.training: return _hidden_whole(lm, ids[index], mask[index], image, padding)
     lengths, position = mask.sum(1), (mask.cumsum(1) - 1).clamp(min=0)
     out = lm(inputs_embeds=lm.embed_tokens(ids), attention_mask=mask.long(), position_ids=position, use_cache=True)
