@@ -9,9 +9,10 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/21_grpo.ipynb #fe88ba80
+# %% ../nbs/21_grpo.ipynb #108d2eb7
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -196,7 +197,7 @@ def freeze_unused(
     for name, parameter in policy.named_parameters(): parameter.requires_grad_(".lora_" in name if adapted else not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #f1b4b841
+# %% ../nbs/21_grpo.ipynb #acbce740
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -246,12 +247,6 @@ class GRPO(StepModule):
             with torch.no_grad(), adapter_off(self.policy): ref_logps = score(self._reference[0] if self._reference else self.policy)
         return grpo_loss(score(self.policy), advantages, valid, ref_logps, self.config.beta, self.config.epsilon)
 
-    def trial_loss(self, batch: list) -> Tensor:
-        "A loss that needs the memory of `training_step`, without judge and trainer."
-        captions = captions_of(batch)
-        rows = sample_rows(self.policy, captions, [self.config.group_size] * len(captions), self.sampling, "trial")
-        return self.losses(rows, torch.ones(len(rows.prompts), device=rows.tokens.device), ~rows.injected)[0]
-
     def training_step(self, batch: list, batch_idx: int) -> Tensor | None:
         rows = self.sample(batch)
         rewards, valid = (x.to(self.device) for x in qa_reward(self.judge, rows.images, rows.prompts))
@@ -262,3 +257,14 @@ class GRPO(StepModule):
                     **step_metrics(rows, rewards, valid, counts, self.truth))
         self.last_group = (rows, rewards, valid, advantages)
         return loss if self.all_gather(valid.sum()).sum() > 0 else None
+
+# %% ../nbs/21_grpo.ipynb #79a2325a
+@patch
+def trial_loss(
+    self: GRPO,
+    batch: list,           # `PromptPair`s
+) -> Float[Tensor, ""]:    # its value means nothing
+    "A loss that needs the memory of `training_step`, without judge and trainer."
+    captions = captions_of(batch)
+    rows = sample_rows(self.policy, captions, [self.config.group_size] * len(captions), self.sampling, "trial")
+    return self.losses(rows, torch.ones(len(rows.prompts), device=rows.tokens.device), ~rows.injected)[0]
