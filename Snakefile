@@ -145,7 +145,7 @@ EXECUTE = "{PYTHON} -m focusdiff.pipeline run {input.notebook} {output.notebook}
 
 if SCALE == "smoke":   # a check of the machinery: it never touches reports/
     rule all:
-        input: f"{EXECUTED}99_index.ipynb"
+        input: f"{EXECUTED}99_index.ipynb", f"{EXECUTED}74_score_folder.ipynb"
 else:         # the target lies in out/: a fresh clone, which carries reports, runs like any other
     rule all:
         input: f"{OUT}/published"
@@ -235,6 +235,13 @@ rule soft_edit:       # ditto
     resources: seconds=int(SECONDS["72_soft_edit"] * SPEED)
     shell: EXECUTE + ' -p edit_set {wildcards.benchmark} -p editor {wildcards.editor} -p seed {wildcards.seed} -p variants "{params.variants}"'
 
+rule score_folder:    # pictures and models from elsewhere: a page of its own, which no report reads
+    input: POLICY, notebook=experiment("74_score_folder")
+    output: notebook=f"{EXECUTED}74_score_folder.ipynb"
+    params: code=version("experiments", "74_score_folder")
+    resources: seconds=20
+    shell: EXECUTE
+
 rule report:
     input: report_reads, notebook="nbs/report/{stem}.ipynb"
     output: notebook=f"{EXECUTED}{{stem}}.ipynb"
@@ -243,6 +250,6 @@ rule report:
     shell: EXECUTE
 
 rule publish:
-    input: f"{EXECUTED}99_index.ipynb", [f"{EXECUTED}{s}.ipynb" for s in REPORTS]
+    input: f"{EXECUTED}99_index.ipynb", f"{EXECUTED}74_score_folder.ipynb", [f"{EXECUTED}{s}.ipynb" for s in REPORTS]
     output: touch(f"{OUT}/published")
     shell: "{PYTHON} -m focusdiff.pipeline publish {OUT} reports"
