@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 import numpy as np
 
-# %% ../nbs/54_official_run.ipynb #4e484b7d
+# %% ../nbs/54_official_run.ipynb #0d81733c
 from .benchmarks import Item
 from .cli import _parser, run_command
 from .core import ConfigError, DataError, progress, write_atomic
 from .evaluate import Model, generate_images
 from .official import LAYOUTS, Card, save_card
-from .protocols import Graders, load_graders, official_card, official_file, official_items, official_table, read_pictures, readable, score_official, write_pictures
+from .protocols import Graders, dpg_questions, load_graders, official_card, official_file, official_items, official_table, read_pictures, readable, score_official, write_pictures
 from .results import Scores
 
 # %% ../nbs/54_official_run.ipynb #893fb84b
@@ -92,7 +92,7 @@ def score_folder_officially(
     write_atomic(Path(out) / "table.md", outcome.text() + "\n")
     return outcome
 
-# %% ../nbs/54_official_run.ipynb #9b7e2dba
+# %% ../nbs/54_official_run.ipynb #93c67d8f
 def _benchmark_parser() -> argparse.ArgumentParser:
     p = _parser("focusdiff-benchmark", "Draw and score an official benchmark by its own rules, or score a folder in its official layout.", """\
   focusdiff-benchmark all --every 100 --n 1 --out out/official
@@ -106,7 +106,7 @@ prompt files are looked for in the folder that FOCUSDIFF_BENCHMARKS names, else 
     p.add_argument("--judge", action="append", metavar="JUDGE", help="who answers questions; repeat for several (default: tiny-llava)")
     p.add_argument("--detector", default="untrained", help="who finds boxes: scene, untrained, or a GroundingDINO")
     p.add_argument("--clip", default="tiny-clip", help="CLIP for colours and similarities; official for colours: openai/clip-vit-large-patch14")
-    p.add_argument("--questions", metavar="FILE", help="dpg_bench.csv (default: beside the prompts, else questions made by rules)")
+    p.add_argument("--questions", metavar="FILE", help="dpg_bench.csv (default: dpg/dpg_bench.csv beside the prompts, else questions made by rules)")
     p.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th case only")
     p.add_argument("--n", type=int, help="pictures for each prompt (default: as published)")
     p.add_argument("--seed", type=int, default=0, help="of the random numbers")
@@ -121,7 +121,7 @@ def _there(name: str) -> bool:
         print(f"skipped: {e}\n")
         return False
 
-# %% ../nbs/54_official_run.ipynb #f8adb57b
+# %% ../nbs/54_official_run.ipynb #b34ea6c3
 def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> None:
     whole = official_items(name, complete=not args.part)
     print(f"## {count_line(name, whole)}\n", flush=True)
@@ -130,7 +130,7 @@ def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> Non
     if len(taken) > len(items): print(f"{len(taken) - len(items)} of {len(taken)} prompts exceed the context of {args.model} and are left out\n")
     n, out = 1 if name == "pie_bench" else 4 if name == "dpg" and args.n and args.n > 1 else args.n, Path(args.out) / name
     pictures = draw_official(name, policy, items, out, n, args.seed, identity) if policy else Path(args.folder)
-    who = load_graders(name, args.judge or ["tiny-llava"], args.detector, args.clip, out / "judged", args.questions)
+    who = load_graders(name, args.judge or ["tiny-llava"], args.detector, args.clip, out / "judged", args.questions or (None if dpg_questions().is_file() else "rules"))
     small = [x for x in (*(args.judge or ["tiny-llava"]), args.detector, args.clip, args.model if policy else "") if x.startswith("tiny-") or x == "untrained"]
     notes = [f"{len(items):,} of {len(whole):,} prompts"] + [f"{', '.join(dict.fromkeys(small))}: a test of the path, the numbers mean nothing"] * bool(small) + ["questions made by rules, not dpg_bench.csv"] * (name == "dpg" and not who.graphs)
     settings = dict(seeds=(args.seed,), sampling=policy.sampling, steps=policy.n_tokens) if policy else {}
