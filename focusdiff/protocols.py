@@ -4,9 +4,10 @@
 __all__ = ['official_file', 'official_items', 'readable', 'Graders', 'load_graders', 'dpg_questions', 'rule_questions',
            'score_official', 'official_table', 'official_card', 'write_pictures', 'read_pictures']
 
-# %% ../nbs/51_protocols.ipynb #7bb8b313
+# %% ../nbs/51_protocols.ipynb #eee7dbe3
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
@@ -72,7 +73,7 @@ def readable(
         return True
     return [i for i in items if fits(i)] if hasattr(model, "prompt_ids") else list(items)
 
-# %% ../nbs/51_protocols.ipynb #aa2f1206
+# %% ../nbs/51_protocols.ipynb #50d5e76b
 @dataclass
 class Graders:
     "Judges, detectors and scorers for all benchmarks."
@@ -93,6 +94,14 @@ class Graders:
 
 _NEEDS = dict(paircomp=("judges",), geneval=("detector", "colors"), t2i_compbench=("answerers", "detector", "metrics"), dpg=("answerers", "graphs"))   # the rest: metrics
 
+@lru_cache(maxsize=1)
+def _detector(name: str, device: Any) -> Any: return load_detector(name, device)   # the last one stays for the next benchmark
+
+@lru_cache(maxsize=1)
+def _clip(name: str, device: Any) -> Any:
+    from focusdiff.scorers import load_clip
+    return load_clip(name, device)
+
 def load_graders(
     name: str,                                  # benchmark: only what it needs is loaded
     judges: Sequence[str] = ("tiny-llava",),    # as `load_judge` takes them
@@ -105,12 +114,12 @@ def load_graders(
     "From names to graders."
     from focusdiff.judge import load_judge
     from focusdiff.question import Question
-    from focusdiff.scorers import load_clip, make_metrics
+    from focusdiff.scorers import make_metrics
     needs, who = _NEEDS.get(name, ("metrics",)), Graders()
     if "judges" in needs: who.judges = [load_judge(j, cache=cache) for j in judges]
     if "answerers" in needs: who.answerers = [load_judge(j, Question("{caption}"), cache=cache) for j in judges]
-    if "detector" in needs: who.detector = load_detector(detector, device)
-    if {"colors", "metrics"} & {*needs}: scorer = load_clip(clip, device)
+    if "detector" in needs: who.detector = _detector(detector, device)
+    if {"colors", "metrics"} & {*needs}: scorer = _clip(clip, device)
     if "colors" in needs: who.colors = ClipColors(scorer)
     if "metrics" in needs: who.metrics = list(make_metrics(clip=scorer).values())
     if "graphs" in needs and questions != "rules": who.graphs = read_dpg_questions(questions or dpg_questions())
