@@ -20,14 +20,16 @@ from .official import LAYOUTS, Card, save_card
 from .protocols import Graders, dpg_questions, load_graders, official_card, official_file, official_items, official_table, read_pictures, readable, score_official, write_pictures
 from .results import Scores
 
-# %% ../nbs/54_official_run.ipynb #893fb84b
+# %% ../nbs/54_official_run.ipynb #b89e3d28
 def every_case(
     items: Sequence[Item],   # of `official_items`
     every: int = 1,          # 1: all
 ) -> list[Item]:
-    "Each `every`-th case."
+    "Each `every`-th case of every category."
     if every < 1: raise ConfigError(f"every {every}: expected at least 1")
-    return [i for i in items if i.meta.get("case", i.meta.get("pair", i.index)) % every == 0]
+    places: dict[str, dict] = {i.category: {} for i in items}     # category -> case -> its place among the cases
+    place = lambda i: places[i.category].setdefault(i.meta.get("case", i.meta.get("pair", i.index)), len(places[i.category]))
+    return [i for i in items if place(i) % every == 0]
 
 def count_line(
     name: str,               # benchmark
@@ -92,7 +94,7 @@ def score_folder_officially(
     write_atomic(Path(out) / "table.md", outcome.text() + "\n")
     return outcome
 
-# %% ../nbs/54_official_run.ipynb #93c67d8f
+# %% ../nbs/54_official_run.ipynb #baccd2bf
 def _benchmark_parser() -> argparse.ArgumentParser:
     p = _parser("focusdiff-benchmark", "Draw and score an official benchmark by its own rules, or score a folder in its official layout.", """\
   focusdiff-benchmark all --every 100 --n 1 --out out/official
@@ -101,13 +103,13 @@ def _benchmark_parser() -> argparse.ArgumentParser:
 
 prompt files are looked for in the folder that FOCUSDIFF_BENCHMARKS names, else in data/raw; focusdiff-fetch gets them""")
     p.add_argument("name", choices=[*LAYOUTS, "all"], help="benchmark; all: every one whose files are there")
-    p.add_argument("folder", nargs="?", metavar="FOLDER", help="pictures in the official layout, made by any model (default: draw them)")
+    p.add_argument("folder", nargs="?", metavar="FOLDER", help="pictures in the official layout, made by any model; of T2I-CompBench with a folder below it for each set (default: draw them)")
     p.add_argument("--model", default="tiny-janus", help="who draws: zoo name, checkpoint folder, or hub id; with FOLDER a name for the table")
     p.add_argument("--judge", action="append", metavar="JUDGE", help="who answers questions; repeat for several (default: tiny-llava)")
     p.add_argument("--detector", default="untrained", help="who finds boxes: scene, untrained, or a GroundingDINO")
     p.add_argument("--clip", default="tiny-clip", help="CLIP for colours and similarities; official for colours: openai/clip-vit-large-patch14")
     p.add_argument("--questions", metavar="FILE", help="dpg_bench.csv (default: dpg/dpg_bench.csv beside the prompts, else questions made by rules)")
-    p.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th case only")
+    p.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th case of each category only")
     p.add_argument("--n", type=int, help="pictures for each prompt (default: as published)")
     p.add_argument("--seed", type=int, default=0, help="of the random numbers")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the policy's weights")
@@ -121,13 +123,18 @@ def _there(name: str) -> bool:
         print(f"skipped: {e}\n")
         return False
 
-# %% ../nbs/54_official_run.ipynb #b34ea6c3
+# %% ../nbs/54_official_run.ipynb #9aefd30a
 def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> None:
     whole = official_items(name, complete=not args.part)
     print(f"## {count_line(name, whole)}\n", flush=True)
     taken = every_case(whole, args.every)
     items = readable(policy, taken) if policy else taken
     if len(taken) > len(items): print(f"{len(taken) - len(items)} of {len(taken)} prompts exceed the context of {args.model} and are left out\n")
+    if args.folder and name == "t2i_compbench":
+        sets = sorted({i.category for i in items if (Path(args.folder) / i.category).is_dir()})
+        if not sets: raise DataError("no folder of a set (color, shape, texture, ...) in here: T2I-CompBench has one folder for each", file=args.folder)
+        print(f"sets in {args.folder}: {', '.join(sets)}\n")
+        items = [i for i in items if i.category in sets]
     n, out = 1 if name == "pie_bench" else 4 if name == "dpg" and args.n and args.n > 1 else args.n, Path(args.out) / name
     pictures = draw_official(name, policy, items, out, n, args.seed, identity) if policy else Path(args.folder)
     who = load_graders(name, args.judge or ["tiny-llava"], args.detector, args.clip, out / "judged", args.questions or (None if dpg_questions().is_file() else "rules"))
