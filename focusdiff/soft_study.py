@@ -28,7 +28,7 @@ from .soft_methods import EDITORS, training
 from .softrepa import SoftTokens, is_mmdit, make_soft_tokens
 from .zoo import file_sums
 
-# %% ../nbs/49_soft_study.ipynb #94cf3a22
+# %% ../nbs/49_soft_study.ipynb #2b124d56
 @dataclasses.dataclass
 class SoftStudy:
     "Checkpoints and sizes of a scale; the defaults are those of scale `paper`."
@@ -57,7 +57,7 @@ class SoftStudy:
 _EVERYWHERE = dict(sections=("down", "mid", "up"), jitter=0.3)
 _ZOO = dict(backbones=dict(sd="tiny-sd", sdxl="tiny-sdxl", sd3="tiny-sd3"), how=dict(sd=Denoising(20, 3.0), sdxl=Denoising(20, 3.0), sd3=Denoising(20, 3.0, "own")), soft=dict(sd3=dict(layers=2)), clip="tiny-clip",
             editors=dict(pnp=PnP(10, 16), masactrl=MasaCtrl(2, 6)), edit_steps=20)
-_TINY = _ZOO | dict(soft=dict(sd=_EVERYWHERE, sdxl=_EVERYWHERE, sd3=dict(layers=6)))
+_TINY = _ZOO | dict(soft=dict(sd=_EVERYWHERE, sdxl=_EVERYWHERE | dict(init="bos", time=True), sd3=dict(layers=6)))
 _same = lambda n: dict.fromkeys(("sd", "sdxl", "sd3"), n)
 STUDIES = {
     "paper": SoftStudy(),

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['KIND_NAMES', 'KIND_COLORS', 'METHOD_NAMES', 'METHOD_COLORS', 'EDITOR_NAMES', 'SET_NAMES', 'TRUTH', 'METRIC_NAMES',
            'DIGITS', 'prompt_sets', 'soft_scores', 'soft_edits', 'read_arrays', 'read_pictures', 'trained_parts',
-           'part_shapes', 'token_sections', 'soft_cells', 'frechet_cells', 'printed_cells', 'printed_notes',
-           'soft_note', 'moved', 'not_run_kinds', 'here', 'trained_measures', 'picture_values', 'change', 'level',
-           'timesteps', 'oracle_marks', 'picture_grid', 'places']
+           'part_shapes', 'settings_note', 'token_sections', 'soft_cells', 'frechet_cells', 'printed_cells',
+           'printed_notes', 'soft_note', 'moved', 'not_run_kinds', 'here', 'trained_measures', 'picture_values',
+           'change', 'level', 'timesteps', 'oracle_marks', 'picture_grid', 'places']
 
 # %% ../nbs/59_soft_tables.ipynb #05844d97
 import json, math, textwrap
@@ -103,7 +103,7 @@ def trained_parts(
     order = {k: i for i, k in enumerate(KINDS)}
     return pd.DataFrame(rows, columns=["kind", "training", "seed", "kept", "last", "size", "tokens", "config"]).sort_values("kind", key=lambda k: k.map(order), kind="stable", ignore_index=True)
 
-# %% ../nbs/59_soft_tables.ipynb #63448c5f
+# %% ../nbs/59_soft_tables.ipynb #9b30ed51
 def _header(file: str | Path) -> dict[str, Any]:   # of a safetensors file
     with open(file, "rb") as f: return json.loads(f.read(int.from_bytes(f.read(8), "little")))
 
@@ -112,6 +112,15 @@ def part_shapes(
 ) -> dict[str, tuple[int, ...]]:
     "Shapes in a safetensors file."
     return {name: tuple(entry["shape"]) for name, entry in _header(file).items() if name != "__metadata__"}
+
+def settings_note(
+    config: dict,   # of `trained_parts`
+) -> str:           # such as "jitter 0.3, rate 0.1, 400 steps of 4 x 4 pictures"
+    "How a training differs from the published settings of its backbone, and how long it was."
+    study, kind = config["study"], config["kind"]
+    said = lambda v: " + ".join(v) if isinstance(v, list) else "yes" if v is True else v
+    changes = [f"{name} {said(v)}" for name, v in study["soft"].get(kind, {}).items()]
+    return ", ".join([*changes, f"rate {config['lr']:g}", f"{config['max_steps']:,} steps of {study['accumulate']} x {study['batch'][kind]} pictures"])
 
 def token_sections(
     file: str | Path,   # soft_tokens.safetensors
