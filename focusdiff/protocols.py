@@ -143,7 +143,7 @@ def rule_questions(
         if looks: graph.append(Proposition(len(graph) + 1, (len(graph),), f"Is the {thing} {' '.join(looks)}?", "attribute", "attribute - other"))
     return graph or [Proposition(1, (), prompt, "global", "global")]
 
-# %% ../nbs/51_protocols.ipynb #36113d00
+# %% ../nbs/51_protocols.ipynb #f9ef5091
 def _parts(pictures: Iterable, size: int = 16) -> Iterator[tuple[str, list]]:   # category, prompts with pictures
     for category, run in groupby(pictures, key=lambda p: p[0].category):
         while part := list(islice(run, size)): yield category, part
@@ -185,8 +185,8 @@ def official_table(
     frame = scores.frame if isinstance(scores, Scores) else scores
     kind = frame.benchmark.iloc[0].removesuffix("-scenes").replace("-", "_")
     if kind == "paircomp": table = paircomp_table(frame)
-    elif kind in ("geneval", "dpg", "t2i_compbench"): table = benchmark_table(frame, kind)
-    else:
+    elif kind in ("geneval", "dpg"): table = benchmark_table(frame, kind)
+    else:       # sets without an overall score; a similarity may be negative
         cases = frame.groupby(["judge", "category", "case"], sort=False).score.agg(lambda s: s.mean(skipna=False)).reset_index()
         table = cases.groupby(["judge", "category"], sort=False).score.agg(score="mean", cases="count", failed=lambda s: int(s.isna().sum())).reset_index()
     return table[["judge", "category", *[c for c in ("s_a", "s_g", "score") if c in table], "cases", "failed"]]
