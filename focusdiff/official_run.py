@@ -94,7 +94,7 @@ def score_folder_officially(
     write_atomic(Path(out) / "table.md", outcome.text() + "\n")
     return outcome
 
-# %% ../nbs/54_official_run.ipynb #baccd2bf
+# %% ../nbs/54_official_run.ipynb #15401451
 def _benchmark_parser() -> argparse.ArgumentParser:
     p = _parser("focusdiff-benchmark", "Draw and score an official benchmark by its own rules, or score a folder in its official layout.", """\
   focusdiff-benchmark all --every 100 --n 1 --out out/official
@@ -109,6 +109,7 @@ prompt files are looked for in the folder that FOCUSDIFF_BENCHMARKS names, else 
     p.add_argument("--detector", default="untrained", help="who finds boxes: scene, untrained, or a GroundingDINO")
     p.add_argument("--clip", default="tiny-clip", help="CLIP for colours and similarities; official for colours: openai/clip-vit-large-patch14")
     p.add_argument("--questions", metavar="FILE", help="dpg_bench.csv (default: dpg/dpg_bench.csv beside the prompts, else questions made by rules)")
+    p.add_argument("--prompts", metavar="PATH", help="the official prompt file or folder, such as captions_val2017.json for coco (default: looked up)")
     p.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th case of each category only")
     p.add_argument("--n", type=int, help="pictures for each prompt (default: as published)")
     p.add_argument("--seed", type=int, default=0, help="of the random numbers")
@@ -123,9 +124,9 @@ def _there(name: str) -> bool:
         print(f"skipped: {e}\n")
         return False
 
-# %% ../nbs/54_official_run.ipynb #9aefd30a
+# %% ../nbs/54_official_run.ipynb #16befd88
 def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> None:
-    whole = official_items(name, complete=not args.part)
+    whole = official_items(name, args.prompts, complete=not args.part)
     print(f"## {count_line(name, whole)}\n", flush=True)
     taken = every_case(whole, args.every)
     items = readable(policy, taken) if policy else taken
@@ -141,16 +142,16 @@ def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> Non
     small = [x for x in (*(args.judge or ["tiny-llava"]), args.detector, args.clip, args.model if policy else "") if x.startswith("tiny-") or x == "untrained"]
     notes = [f"{len(items):,} of {len(whole):,} prompts"] + [f"{', '.join(dict.fromkeys(small))}: a test of the path, the numbers mean nothing"] * bool(small) + ["questions made by rules, not dpg_bench.csv"] * (name == "dpg" and not who.graphs)
     settings = dict(seeds=(args.seed,), sampling=policy.sampling, steps=policy.n_tokens) if policy else {}
-    outcome = score_folder_officially(name, pictures, items, who, out, n, args.model if policy or args.model != "tiny-janus" else "", notes="; ".join(notes), **settings)
+    outcome = score_folder_officially(name, pictures, items, who, out, n, args.model if policy or args.model != "tiny-janus" else "", args.prompts, notes="; ".join(notes), **settings)
     left = sorted({i.category for i in items} - set(outcome.scores.frame.category))
     if left: print(f"laid out for the official program, not scored here: {', '.join(left)}\n")
     print(outcome.text(), f"\npictures in {pictures}\n" if policy else "", sep="\n", flush=True)
 
 def _benchmark(args: argparse.Namespace) -> None:
-    if args.name == "all" and args.folder: raise ConfigError("all draws its own pictures: name one benchmark to score a FOLDER")
+    if args.name == "all" and (args.folder or args.prompts): raise ConfigError("all draws its own pictures of its own prompts: name one benchmark for a FOLDER or --prompts")
     names = [name for name in LAYOUTS if _there(name)] if args.name == "all" else [args.name]
     if not names: raise ConfigError("no official prompt file was found: focusdiff-fetch paircomp geneval t2i_compbench dpg abc6k cc500 gets them, or let FOCUSDIFF_BENCHMARKS name their folder")
-    for name in names: official_file(name)      # before a policy is loaded
+    for name in names: official_file(name) if args.prompts is None else official_items(name, args.prompts, complete=not args.part)      # before a policy is loaded
     policy, identity = None, ""
     if not args.folder:
         import torch
