@@ -14,7 +14,7 @@ from .catalogue import PAPER, Entry, data_dir, find_entry
 from .core import ConfigError, DataError, FocusDiffError, repo_root, write_atomic
 from .server import serve_command
 
-# %% ../nbs/09_fetch.ipynb #86e0ace0
+# %% ../nbs/09_fetch.ipynb #27edf73c
 _RAW, _ZIP = "https://raw.githubusercontent.com/{}/HEAD/{}", "https://codeload.github.com/{}/zip/HEAD"
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ REMOTES = (
     Remote("paircomp", "PairComp.json", "wendell0218/FocusDiff", "PairComp/prompt/PairComp.json", 146_134),
     Remote("geneval", "geneval_evaluation_metadata.jsonl", "djghosh13/geneval", "prompts/evaluation_metadata.jsonl"),
     *(Remote("t2i_compbench", f"t2i_compbench/{s}_val.txt", "Karine-Huang/T2I-CompBench", f"examples/dataset/{s}_val.txt") for s in ("color", "shape", "texture")),
+    *(Remote("t2i_compbench-more", f"t2i_compbench/{s}_val.txt", "Karine-Huang/T2I-CompBench", f"examples/dataset/{s}_val.txt") for s in ("spatial", "numeracy", "non_spatial", "complex", "3d_spatial")),
+    Remote("dpg-questions", "dpg/dpg_bench.csv", "TencentQQGYLab/ELLA", "dpg_bench/dpg_bench.csv"),
     Remote("dpg", "dpg/prompts.jsonl", "TencentQQGYLab/ELLA", "dpg_bench/prompts/*.txt", archive=True),
     *(Remote(name.lower().replace("-", ""), f"{name}.txt", "weixi-feng/Structured-Diffusion-Guidance", f"{name}.txt") for name in ("ABC-6K", "CC-500")),
     *(Remote("soft-tokens", f"soft-tokens/{name}.pth", "softrepa/SoftREPA", f"tokens/{name}.pth", n) for name, n in _TOKENS.items()),
