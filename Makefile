@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 SCALE ?= tiny
+EVERY ?= 50
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PY := .venv/bin/python
@@ -13,7 +14,7 @@ STAMP := .venv/.complete
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help reproduce test check zoo bench lab notebooks readme env clean
+.PHONY: help reproduce test check zoo bench official lab notebooks readme env clean
 
 help:      ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -46,6 +47,9 @@ bench: $(STAMP)  ## images/s of our roll-out against the generate of transformer
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/69_bench.ipynb out/bench/notebooks/69_bench.ipynb --threads $(CORES) --show
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/68_bench_diffusion.ipynb out/bench/notebooks/68_bench_diffusion.ipynb --threads $(CORES) --show
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/73_bench_soft.ipynb out/bench/notebooks/73_bench_soft.ipynb --threads $(CORES) --show
+
+official: $(STAMP)  ## a small part of every official benchmark whose files are there, through folders and rules, with tiny models; EVERY=k takes each k-th case
+	@$(dir $(PY))focusdiff-benchmark all --every $(EVERY) --out out/official
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs
