@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 SCALE ?= tiny
+EVERY ?= 50
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PY := .venv/bin/python
@@ -13,7 +14,7 @@ STAMP := .venv/.complete
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help reproduce test check zoo bench bench-gpu lab notebooks readme env clean
+.PHONY: help reproduce test check zoo bench bench-gpu official lab notebooks readme env clean
 
 help:      ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -50,6 +51,9 @@ bench: $(STAMP)  ## images/s of our roll-out against the generate of transformer
 bench-gpu: $(STAMP)  ## Janus-Pro-1B and 7B shapes on one GPU: roll-out, scoring, a Pair-GRPO step, beside generate and the memory bound; SCALE=smoke tries it on a CPU
 	@test "$(SCALE)" = smoke || $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make bench-gpu needs a GPU, and torch sees none here: SCALE=smoke tries the command on a CPU, with a small shape" >&2; exit 1; }
 	@$(PY) -m focusdiff.pipeline run nbs/experiments/75_bench_gpu.ipynb out/bench/notebooks/75_bench_gpu.ipynb --threads $(CORES) --show -p scale $(if $(filter smoke,$(SCALE)),smoke,paper)
+
+official: $(STAMP)  ## a small part of every official benchmark whose files are there, through folders and rules, with tiny models; EVERY=k takes each k-th case
+	@$(dir $(PY))focusdiff-benchmark all --every $(EVERY) --out out/official
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs

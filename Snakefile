@@ -99,6 +99,7 @@ CURVES = [f"{OUT}/coarse/{c}-{ALIGN_SEED}/curve.csv" for c in COARSE]
 SOFT_PARTS = [f"{OUT}/soft/{k}-{t}-{s}/run.json" for k, t, s in SOFTLY.train]
 SOFT_PICTURES = [f"{OUT}/soft_pictures/{b}/{k}-{s}.json" for b, k, s in SOFTLY.generate] + [f"{OUT}/soft_edits/{b}/{e}-{s}.json" for b, e, s in SOFTLY.edit]
 EXECUTED = f"{OUT}/notebooks/"
+SHOWN = [f"{EXECUTED}74_score_folder.ipynb"] if SCALE != "paper" else []   # a lesson in the scene world, which no report reads
 
 def experiment(stem): return f"nbs/experiments/{stem}.ipynb"
 
@@ -157,7 +158,7 @@ EXECUTE = "{PYTHON} -m focusdiff.pipeline run {input.notebook} {output.notebook}
 
 if SCALE == "smoke":   # a check of the machinery: it never touches reports/
     rule all:
-        input: f"{EXECUTED}99_index.ipynb"
+        input: f"{EXECUTED}99_index.ipynb", SHOWN
 else:         # the target lies in out/: a fresh clone, which carries reports, runs like any other
     rule all:
         input: f"{OUT}/published"
@@ -260,6 +261,13 @@ rule soft_edit:       # ditto
     resources: seconds=int(SECONDS["72_soft_edit"] * SPEED), gpu=gpus("soft_edit")
     shell: EXECUTE + ' -p edit_set {wildcards.benchmark} -p editor {wildcards.editor} -p seed {wildcards.seed} -p variants "{params.variants}"'
 
+rule score_folder:    # pictures and models from elsewhere
+    input: POLICY, notebook=experiment("74_score_folder")
+    output: notebook=f"{EXECUTED}74_score_folder.ipynb"
+    params: code=version("experiments", "74_score_folder")
+    resources: seconds=20
+    shell: EXECUTE
+
 rule report:
     input: report_reads, notebook="nbs/report/{stem}.ipynb"
     output: notebook=f"{EXECUTED}{{stem}}.ipynb"
@@ -268,6 +276,6 @@ rule report:
     shell: EXECUTE
 
 rule publish:
-    input: f"{EXECUTED}99_index.ipynb", [f"{EXECUTED}{s}.ipynb" for s in REPORTS]
+    input: f"{EXECUTED}99_index.ipynb", SHOWN, [f"{EXECUTED}{s}.ipynb" for s in REPORTS]
     output: touch(f"{OUT}/published")
     shell: "{PYTHON} -m focusdiff.pipeline publish {OUT} reports"

@@ -111,7 +111,7 @@ def with_scores(
     "Regions with one score."
     return [[dataclasses.replace(r, score=score) for r in row] for row in regions]
 
-# %% ../nbs/36_baselines.ipynb #0ef7894e
+# %% ../nbs/36_baselines.ipynb #8dce0f54
 def promptist(
     model: Any,           # `GPT2LMHeadModel`
     tokenizer: Any,       # of GPT-2
@@ -129,10 +129,11 @@ def load_promptist(
     name: str = "microsoft/Promptist",   # folder or hub id of the weights
     words: str = "openai-community/gpt2", # folder or hub id of the tokenizer: the weights come without one
     device: Any = None,                  # default: the first GPU, else the CPU
+    dtype: Any = "auto",                 # of the weights: as saved, or a torch dtype
 ) -> tuple[Any, Any]:                    # model and tokenizer
     "Load the rewriter."
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    return load_whole(AutoModelForCausalLM, resolve(name)).eval().to(device or pick_device()), AutoTokenizer.from_pretrained(resolve(words))
+    return load_whole(AutoModelForCausalLM, resolve(name), dtype=dtype).eval().to(device or pick_device()), AutoTokenizer.from_pretrained(resolve(words))
 
 def fit_prompt(
     backbone: Backbone,   # whose context is the limit

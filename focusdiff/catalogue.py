@@ -48,7 +48,7 @@ SOFTREPA = (
     Entry("sd3", "checkpoint", "stabilityai/stable-diffusion-3-medium-diffusers", "SoftREPA: 66_train_soft, 67_soft_generate, 72_soft_edit", _MMDIT, 2, note="2 billion is the denoiser"),
 )
 
-# %% ../nbs/08_catalogue.ipynb #4ac0da9a
+# %% ../nbs/08_catalogue.ipynb #ecba6690
 REALIGNDIFF = (
     Entry("blip2-captioner", "checkpoint", "Salesforce/blip2-opt-2.7b", "RealignDiff: 64_train_coarse, 65_paint", _MODEL, 3.7, note="about 7.5 GB in fp16"),
     Entry("blip2-matcher", "checkpoint", "Salesforce/blip2-itm-vit-g", "RealignDiff: 64_train_coarse, 65_paint", _MODEL),
@@ -56,7 +56,7 @@ REALIGNDIFF = (
     Entry("negclip", "checkpoint", "data/raw/negclip", "RealignDiff: 65_paint", _MODEL, note="the ARO authors' ViT-B/32 (hub copy Nano1337/negclip, an open_clip file), converted to a CLIPModel with hidden_act quick_gelu"),
     Entry("florence-2", "checkpoint", "florence-community/Florence-2-large", "RealignDiff: tags in 65_paint, in the place of RAM", _MODEL),
     Entry("phrase-model", "checkpoint", "Qwen/Qwen2.5-7B-Instruct", "RealignDiff: local captions and scores in 65_paint, in the place of GPT-4", _MODEL, 7),
-    Entry("grounding-dino", "checkpoint", "IDEA-Research/grounding-dino-tiny", "RealignDiff: boxes in 65_paint", _MODEL, note="SwinT-OGC"),
+    Entry("grounding-dino", "checkpoint", "IDEA-Research/grounding-dino-tiny", "RealignDiff: boxes in 65_paint; FocusDiff: boxes of GenEval in 63_evaluate", _MODEL, note="SwinT-OGC"),
     Entry("sam", "checkpoint", "facebook/sam-vit-huge", "RealignDiff: masks in 65_paint", _MODEL),
     Entry("promptist", "checkpoint", "microsoft/Promptist", "RealignDiff: the Promptist row of Table 1 (36_baselines)", ("config.json",), optional=True, note="weights come without a tokenizer"),
     Entry("gpt2-words", "checkpoint", "openai-community/gpt2", "RealignDiff: Promptist's tokenizer", ("tokenizer.json",), optional=True),
@@ -64,15 +64,17 @@ REALIGNDIFF = (
     Entry("sam-hq", "checkpoint", "syscv-community/sam-hq-vit-base", "RealignDiff: other masks", _MODEL, optional=True, note="not read by a preset"),
     Entry("sam2", "checkpoint", "facebook/sam2.1-hiera-tiny", "RealignDiff: other masks", _MODEL, optional=True, note="not read by a preset"),
     Entry("sam3", "checkpoint", "facebook/sam3", "RealignDiff: detector and masks in one", _MODEL, gated="yes, unconfirmed", optional=True, note="does not load without torchvision; not read by a preset"),
-    Entry("clip-large", "checkpoint", "openai/clip-vit-large-patch14", "RealignDiff: second CLIP column, text encoder of the ancestor's code", _MODEL, optional=True, note="not read by a preset"),
+    Entry("clip-large", "checkpoint", "openai/clip-vit-large-patch14", "FocusDiff: colours of GenEval in 63_evaluate; RealignDiff: second CLIP column", _MODEL),
 )
 
-# %% ../nbs/08_catalogue.ipynb #16aa1134
+# %% ../nbs/08_catalogue.ipynb #41112b83
 DATA = (
     Entry("paircomp", "data", "wendell0218/FocusDiff, PairComp/prompt", "FocusDiff: 63_evaluate (Table 1), 61_build_pairs (decontamination)", ("PairComp.json",), licence="none given: fetch it yourself, do not pass it on", note="550 cases, 146,134 bytes"),
     Entry("geneval", "data", "djghosh13/geneval, prompts", "FocusDiff: 63_evaluate (Table 2); SoftREPA: 67_soft_generate (Table 1)", ("geneval_evaluation_metadata.jsonl",), licence="MIT", note="553 prompts, 4 images each"),
     Entry("t2i_compbench", "data", "Karine-Huang/T2I-CompBench, examples/dataset", "FocusDiff: 63_evaluate (Table 2)", tuple(f"t2i_compbench/{s}_val.txt" for s in ("color", "shape", "texture")), licence="MIT", note="validation prompts only: with the training ones scores move by about 3"),
+    Entry("t2i_compbench-more", "data", "Karine-Huang/T2I-CompBench, examples/dataset", "the sets that Table 2 leaves out: focusdiff-benchmark t2i_compbench", tuple(f"t2i_compbench/{s}_val.txt" for s in ("spatial", "numeracy", "non_spatial", "complex", "3d_spatial")), licence="MIT", optional=True),
     Entry("dpg", "data", "TencentQQGYLab/ELLA, dpg_bench/prompts", "FocusDiff: 63_evaluate (Table 2)", ("dpg/prompts.jsonl",), note="1,065 prompts, one text file each, joined to one file"),
+    Entry("dpg-questions", "data", "TencentQQGYLab/ELLA, dpg_bench", "FocusDiff: 63_evaluate (Table 2), DPG-Bench", ("dpg/dpg_bench.csv",), note="the question graphs"),
     Entry("abc6k", "data", "weixi-feng/Structured-Diffusion-Guidance", "RealignDiff: 65_paint (Table 1)", ("ABC-6K.txt",), note="6,434 lines"),
     Entry("cc500", "data", "weixi-feng/Structured-Diffusion-Guidance", "RealignDiff: 65_paint (Table 1)", ("CC-500.txt",), note="lines 1 to 446 of 602"),
     Entry("coco", "data", "MS-COCO 2014, annotations_trainval2014.zip at cocodataset.org", "RealignDiff: 65_paint (Tables 1 to 3); SoftREPA: 67_soft_generate", ("captions_val2014.json",), note="40,504 pictures with captions, 5,000 drawn"),

@@ -197,7 +197,7 @@ def list_images(args: argparse.Namespace) -> list[tuple[str, Path, str]]:  # (na
         raise ConfigError(f"{len(args.images)} images but {len(prompts)} prompts: give one for all, or one for each")
     return [(f, Path(f), p) for f, p in zip(args.images, prompts)]
 
-# %% ../nbs/53_cli.ipynb #95add5b8
+# %% ../nbs/53_cli.ipynb #55701710
 def _question(args: argparse.Namespace) -> Any:  # `Question`
     from focusdiff.question import OFFICIAL_QUESTION, Question
     if args.official and args.question: raise ConfigError("--official fixes the question: leave --question out")
@@ -212,13 +212,14 @@ def _report(scores: list, failures: dict) -> str:  # one line about all of them
 def _judge(args: argparse.Namespace) -> None:
     rows = list_images(args)
     from focusdiff.judge import load_judge
-    judge, scores = load_judge(args.judge, _question(args), args.cache), []
-    with open(args.out, "w") if args.out else contextlib.nullcontext(sys.stdout) as f:
-        for start in progress(range(0, len(rows), 64), "judge"):
-            part = rows[start : start + 64]
-            scores += judge.score([open_rgb(path, *((args.list, start + i, "file") if args.list else ())) for i, (_, path, _) in enumerate(part)], [prompt for *_, prompt in part])
-            for (name, _, prompt), score in zip(part, scores[start:]):
-                print(json.dumps(dict(file=name, prompt=prompt, judge=judge.id, score=score)), file=f)
+    judge, scores, lines = load_judge(args.judge, _question(args), args.cache), [], []
+    for start in progress(range(0, len(rows), 64), "judge"):
+        part = rows[start : start + 64]
+        scores += judge.score([open_rgb(path, *((args.list, start + i, "file") if args.list else ())) for i, (_, path, _) in enumerate(part)], [prompt for *_, prompt in part])
+        for (name, _, prompt), score in zip(part, scores[start:]):
+            lines.append(json.dumps(dict(file=name, prompt=prompt, judge=judge.id, score=score)))
+            if not args.out: print(lines[-1])
+    if args.out: write_atomic(args.out, "\n".join([*lines, ""]))     # whole or not at all
     report = _report(scores, judge.failures)
     if all(s is None for s in scores): raise DataError(report)
     print(report, file=sys.stderr)

@@ -58,7 +58,7 @@ def flop_hours(
     "Hours at `RATE`."
     return tflop / (RATE * gpus) / 3600
 
-# %% ../nbs/18_doctor.ipynb #c4fec704
+# %% ../nbs/18_doctor.ipynb #37000d90
 SFT_STEPS, RL_STEPS, PAIRS, GROUP = 50_000, 3000, 32, 7           # of `sft.training_preset`
 COARSE_STEPS, COARSE_MICRO = 100, 4                               # of `realign_study.STUDIES`
 SOFT_STEPS, SOFT_BATCH, MICRO = dict(sd=26_000, sdxl=30_000, sd3=30_000), dict(sd=8, sdxl=16, sd3=4), 16   # of `soft_study.STUDIES`
@@ -84,7 +84,7 @@ def _policy_costs() -> list[Cost]:
 def _picture_costs() -> list[Cost]:
     judged = FORWARD + 15.6 + 4.8                                      # TFLOP: draw, two judges
     cache = 128 * 640 * 2 * 0.49e-3                                    # 64 images with guidance, fp32
-    out = [Cost(f"63_evaluate-{b}", 1, 7 * 4 + cache, flop_hours(IMAGES[b] * judged), f"{IMAGES[b]:,} images; weights and cache of 128 rows in fp32; operations over the rate") for b in ("paircomp", "geneval", "t2i_compbench", "dpg")]
+    out = [Cost(f"63_evaluate-{b}", 1, 7 * 2 + cache / 2, flop_hours(IMAGES[b] * judged), f"{IMAGES[b]:,} images; weights and cache of 128 rows in bf16, the detector beside them; operations over the rate") for b in ("paircomp", "geneval", "t2i_compbench", "dpg")]
     fine = 3.7 * 4 + 7 * 2
     for b in ("coco", "abc6k", "cc500"):
         hours = IMAGES[b] * SECONDS_AN_IMAGE["sd"] * 50 / 30 / 3600

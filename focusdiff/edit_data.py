@@ -20,7 +20,7 @@ from .core import ConfigError, DataError
 from .pair_builder import EditPair
 from .pairs import center_crop, read_text_field
 
-# %% ../nbs/14_edit_data.ipynb #b870ac21
+# %% ../nbs/14_edit_data.ipynb #33d0d814
 EDIT_COLUMNS = {  # set: before, after, instruction
     "ultraedit": ("source_image", "edited_image", "edit_prompt"),
     "anyedit": ("image_file", "edited_file", "edit"),
@@ -39,10 +39,11 @@ def pick_columns(
         if asked not in EDIT_COLUMNS: raise ConfigError(f"unknown set {asked!r}: choose one of {', '.join(EDIT_COLUMNS)}, or give three column names")
         asked = EDIT_COLUMNS[asked]
     fits = [tuple(asked)] if asked else [names for names in EDIT_COLUMNS.values() if set(names) <= set(found)]
-    if len(fits) != 1: raise DataError(f"the columns {', '.join(found)} fit {len(fits)} of the known sets ({', '.join(EDIT_COLUMNS)}): pass columns=", file)
+    how = "name the columns of before, after and instruction, in this order: columns=(..., ..., ...), or --columns A,B,C on the command line"
+    if len(fits) != 1: raise DataError(f"the columns {', '.join(found) or 'none'} fit {len(fits)} of the known sets ({', '.join(EDIT_COLUMNS)}): {how}", file)
     if len(fits[0]) != 3: raise ConfigError(f"columns {fits[0]}: expected three names: before, after, instruction")
     for name in fits[0]:
-        if name not in found: raise DataError(f"no such column; the file has {', '.join(found) or 'none'}", file, field=name)
+        if name not in found: raise DataError(f"no such column; the file has {', '.join(found) or 'none'}: {how}", file, field=name)
     return fits[0]
 
 # %% ../nbs/14_edit_data.ipynb #951ee202

@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['Model', 'SceneRenderer', 'generate_images', 'load_images', 'judge_images', 'evaluate', 'image_name', 'export_folder',
-           'score_folder', 'write_score_file', 'read_score_file']
+           'score_pictures', 'score_folder', 'write_score_file', 'read_score_file']
 
-# %% ../nbs/50_evaluate.ipynb #8d41419c
+# %% ../nbs/50_evaluate.ipynb #9f2a5a00
 import hashlib, io, json, re
 from collections import Counter
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Protocol, Sequence
+from typing import Any, Iterable, Protocol, Sequence
 
 import numpy as np
 import pandas as pd
@@ -173,7 +173,7 @@ def export_folder(
             write_atomic(Path(folder) / image_name(item.meta["case"], item.meta["prompt_idx"], z), buffer.getvalue())
     return Path(folder)
 
-# %% ../nbs/50_evaluate.ipynb #e3063f6a
+# %% ../nbs/50_evaluate.ipynb #d8a1a099
 def _check_folder(folder: Path, cases: Sequence[Case], n: int) -> None:
     if not folder.is_dir(): raise DataError("no such folder of images", file=folder)
     found = {f.name for f in folder.iterdir() if re.fullmatch(r"\d+_\d+_\d+\.png", f.name)}
@@ -187,6 +187,20 @@ def _check_folder(folder: Path, cases: Sequence[Case], n: int) -> None:
 
 def _open_image(file: Path, case: int) -> np.ndarray:  # uint8 [height, width, 3]
     return np.asarray(open_image(file, file, case))
+
+def score_pictures(
+    pictures: Iterable[tuple[Item, Sequence[np.ndarray]]],   # prompt and its pictures, as `read_official` opens them
+    judges: Sequence[Any],   # each with `id` and `score(images, prompts)`
+    chunk: int = 16,         # prompts at a time
+    **run: Any,              # benchmark, model, variant, train_seed
+) -> Scores:                 # every picture, own caption and, where there is one, the partner's, every judge
+    "Judge a stream of pictures."
+    rows, stream = [], iter(pictures)
+    while part := list(islice(stream, chunk)):
+        items, images = [i for i, _ in part], [row for _, row in part]
+        if len(counts := {len(row) for row in images}) > 1: raise DataError(f"{sorted(counts)} pictures a prompt: expected one number for all")
+        for judge in judges: rows += _rows(items, len(images[0]), judge, _ask(judge, items, images))
+    return _to_scores(rows, **run)
 
 def score_folder(
     folder: str | Path,               # holds X_Y_Z.png
@@ -202,14 +216,8 @@ def score_folder(
     "Judge a folder in the official naming; wrap the judges in `CachedJudge` to resume."
     folder, items = Path(folder), paircomp_items(cases)
     _check_folder(folder, cases, n)
-    rows = []
-    for start in progress(range(0, len(items), chunk), "judge"):
-        part = items[start : start + chunk]
-        names = [(i.meta["case"], i.meta["prompt_idx"]) for i in part]
-        images = [[_open_image(folder / image_name(x, y, z), x) for z in range(n)] for x, y in names]
-        for judge in judges:
-            rows += _rows(part, n, judge, _ask(judge, part, images))
-    return _to_scores(rows, benchmark=benchmark, model=name or folder.name, variant=variant, train_seed=train_seed)
+    open_all = lambda i: [_open_image(folder / image_name(i.meta["case"], i.meta["prompt_idx"], z), i.meta["case"]) for z in range(n)]
+    return score_pictures(((i, open_all(i)) for i in progress(items, "judge")), judges, chunk, benchmark=benchmark, model=name or folder.name, variant=variant, train_seed=train_seed)
 
 # %% ../nbs/50_evaluate.ipynb #2c061503
 def write_score_file(

@@ -4,7 +4,7 @@
 __all__ = ['REMOTES', 'LIMIT', 'Remote', 'open_https', 'download', 'inside', 'check_content', 'join_prompts', 'by_hand', 'fetch',
            'main']
 
-# %% ../nbs/09_fetch.ipynb #c9fc4f90
+# %% ../nbs/09_fetch.ipynb #ff8af529
 import argparse, fnmatch, hashlib, io, json, sys, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, Callable
 
 from .catalogue import PAPER, Entry, data_dir, find_entry
 from .core import ConfigError, DataError, FocusDiffError, repo_root, write_atomic
+from .server import serve_command
 
-# %% ../nbs/09_fetch.ipynb #86e0ace0
+# %% ../nbs/09_fetch.ipynb #27edf73c
 _RAW, _ZIP = "https://raw.githubusercontent.com/{}/HEAD/{}", "https://codeload.github.com/{}/zip/HEAD"
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ REMOTES = (
     Remote("paircomp", "PairComp.json", "wendell0218/FocusDiff", "PairComp/prompt/PairComp.json", 146_134),
     Remote("geneval", "geneval_evaluation_metadata.jsonl", "djghosh13/geneval", "prompts/evaluation_metadata.jsonl"),
     *(Remote("t2i_compbench", f"t2i_compbench/{s}_val.txt", "Karine-Huang/T2I-CompBench", f"examples/dataset/{s}_val.txt") for s in ("color", "shape", "texture")),
+    *(Remote("t2i_compbench-more", f"t2i_compbench/{s}_val.txt", "Karine-Huang/T2I-CompBench", f"examples/dataset/{s}_val.txt") for s in ("spatial", "numeracy", "non_spatial", "complex", "3d_spatial")),
+    Remote("dpg-questions", "dpg/dpg_bench.csv", "TencentQQGYLab/ELLA", "dpg_bench/dpg_bench.csv"),
     Remote("dpg", "dpg/prompts.jsonl", "TencentQQGYLab/ELLA", "dpg_bench/prompts/*.txt", archive=True),
     *(Remote(name.lower().replace("-", ""), f"{name}.txt", "weixi-feng/Structured-Diffusion-Guidance", f"{name}.txt") for name in ("ABC-6K", "CC-500")),
     *(Remote("soft-tokens", f"soft-tokens/{name}.pth", "softrepa/SoftREPA", f"tokens/{name}.pth", n) for name, n in _TOKENS.items()),
@@ -104,7 +107,7 @@ def join_prompts(
     if sum(archive.getinfo(n).file_size for n in names) > limit: raise DataError(f"more than {limit:,} bytes when unpacked: refused")
     return "".join(json.dumps(dict(item_id=Path(n).stem, prompt=archive.read(n).decode("utf-8").strip())) + "\n" for n in names).encode()
 
-# %% ../nbs/09_fetch.ipynb #f6d55beb
+# %% ../nbs/09_fetch.ipynb #25fd375f
 _HAND = {
     "coco": "download annotations_trainval2014.zip from cocodataset.org and unpack captions_val2014.json",
     "coco-train": "download annotations_trainval2014.zip and train2014.zip from cocodataset.org and unpack captions_train2014.json and the folder train2014",
@@ -124,7 +127,7 @@ def by_hand(
     "What to do about a missing entry without this command."
     if entry.kind == "server":
         url, _, model = entry.source.partition("#")
-        return [f"serve it: vllm serve {model} --port {url.split(':')[2].split('/')[0]} --trust-remote-code"]
+        return ["serve it: " + serve_command(model, int(url.split(":")[2].split("/")[0]), 1 if entry.parameters is None or entry.parameters < 40 else 4)]
     if entry.name in _HAND: return [_HAND[entry.name] + (f", in {folder}" if entry.kind == "data" else "")]
     if entry.kind == "checkpoint": return [f"hf download {entry.source}    (if the hub answers 401 or 403: accept its licence on its page, then hf auth login)"]
     if entry.kind == "zoo": return [f"git checkout -- data/zoo/{entry.name}    (or train it again: make zoo)"]
@@ -132,7 +135,7 @@ def by_hand(
     if not remotes: return [f"get {entry.source} and put it in {folder / entry.files[0].split('/')[0]}"]
     return [f"put {r.path} of github.com/{r.project} at {folder / r.file}" + (', joined to JSON lines with "item_id" and "prompt"' if r.archive else "") for r in remotes]
 
-# %% ../nbs/09_fetch.ipynb #c4693459
+# %% ../nbs/09_fetch.ipynb #dc49c8ab
 def fetch(
     name: str,                      # of the catalogue
     folder: str | Path | None = None,  # default: `data_dir()`
@@ -153,7 +156,8 @@ def fetch(
             data = join_prompts(data, r.path) if r.archive else data
             check_content(r, data)
             write_atomic(path, data)
-        found = check_content(r, path.read_bytes())
+        try: found = check_content(r, path.read_bytes())
+        except DataError as e: raise DataError(f"is there already, but {e.message.split(':')[0]}: nothing is overwritten; move the file away or delete it, and run the command again", file=path) from e
         print(f"{path}: {path.stat().st_size:,} bytes, sha256 {found}" + ("" if r.sha256 or r.bytes else " (no sum is known to compare with)"))
         done.append(path)
     return done

@@ -137,15 +137,18 @@ def judge(self: VLMJudge, images: list[np.ndarray], prompts: list[str]) -> list[
         for row, score, n in zip(rows, scores, inputs["attention_mask"].sum(1).tolist()): outcomes[row] = score if n <= self.context else too_long
     return outcomes
 
-# %% ../nbs/11_judge.ipynb #bbcb8eb0
+# %% ../nbs/11_judge.ipynb #8b02248b
 def load_processor(
     path: str,   # local folder or hub id, as `resolve` gives it
 ) -> Any:        # a processor of transformers, for pictures and text
-    "The processor of a vision-language checkpoint; a package that it lacks is a `ConfigError`."
+    "The processor of a vision-language checkpoint; a package that it lacks, or code that it would run, is a `ConfigError`."
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     from transformers.utils import is_torchvision_available
-    family = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    try: family = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    except ValueError as e:
+        if "trust_remote_code" not in str(e): raise
+        raise ConfigError(f"{path} brings its classes as code, which is not run here: take its -hf twin where there is one, or serve it with vLLM and name it address#model (06_server)") from e
     kind = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(family) or "", None)
     parts = kind.get_attributes() if hasattr(kind, "get_attributes") else []
     without = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: [p for p in parts if p != "video_processor"])}) if "video_processor" in parts else None
@@ -154,7 +157,7 @@ def load_processor(
         if not isinstance(e, ImportError) and "torchvision" not in str(e): raise
         raise ConfigError(f"the processor of {path} needs a package that is not here, often torchvision: pip install torchvision in the build that belongs to your torch ({' '.join(str(e).split())})") from e
 
-# %% ../nbs/11_judge.ipynb #e1f0c708
+# %% ../nbs/11_judge.ipynb #4ec400e0
 def checkpoint_digest(
     path: str,   # local folder or hub id, as `resolve` gives it
     model: Any,  # the model loaded from it
@@ -168,15 +171,16 @@ def load_vlm_judge(
     question: Question = Question(),  # wording and options
     batch_size: int = 16,             # questions per forward pass
     device: Any = None,               # default: CUDA when there is one
+    dtype: Any = "auto",              # of the weights: as saved, or a torch dtype
 ) -> VLMJudge:                        # ready to score
-    "Load a judge from any checkpoint of the image-text-to-text family, in the precision it was saved in."
+    "Load a judge from any checkpoint of the image-text-to-text family."
     from transformers import AutoModelForImageTextToText
     path = resolve(name)
     processor = load_processor(path)
-    model = load_whole(AutoModelForImageTextToText, path, dtype="auto", trust_remote_code=False).to(device or pick_device())
+    model = load_whole(AutoModelForImageTextToText, path, dtype=dtype, trust_remote_code=False).to(device or pick_device())
     return VLMJudge(model, processor, question, batch_size, Path(name).name, checkpoint_digest(path, model))
 
-# %% ../nbs/11_judge.ipynb #c8a83a6a
+# %% ../nbs/11_judge.ipynb #2e73c4b9
 def read_cache(
     path: Path,                               # JSON lines of image, prompt, score
 ) -> tuple[dict[tuple[str, str], float], int]:  # scores by (image hash, prompt), number of damaged lines
@@ -186,8 +190,10 @@ def read_cache(
         if not line: continue
         try:
             row = json.loads(line)
-            scores[row["image"], row["prompt"]] = float(row["score"])
-        except (ValueError, KeyError, TypeError): damaged += 1
+            key, score = (row["image"], row["prompt"]), settle(row["score"])
+        except (ValueError, KeyError, TypeError): damaged += 1; continue
+        if isinstance(score, Failed) or not all(isinstance(k, str) for k in key): damaged += 1
+        else: scores[key] = score
     return scores, damaged
 
 # %% ../nbs/11_judge.ipynb #58122ea9

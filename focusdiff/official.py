@@ -15,12 +15,14 @@ import numpy as np
 from .core import ConfigError, DataError, write_atomic
 from .pairs import open_image
 
-# %% ../nbs/16_official.ipynb #b2298189
-LAYOUTS = dict(geneval=4, paircomp=2, t2i_compbench=10, dpg=4)   # pictures a prompt, as published numbers use
+# %% ../nbs/16_official.ipynb #61424ae4
+LAYOUTS = dict(geneval=4, paircomp=2, t2i_compbench=10, dpg=4, pie_bench=1, abc6k=1, cc500=1, coco=1)   # pictures a prompt, as published numbers use
+_LINES = ("abc6k", "cc500", "coco")   # named by line
 
 def _layout(name: str, n: int | None) -> int:   # the checked number of pictures a prompt
     if name not in LAYOUTS: raise ConfigError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
     n = LAYOUTS[name] if n is None else n
+    if name == "pie_bench" and n != 1: raise ConfigError(f"{n} pictures an edit: this layout has room for 1")
     if n < 1 or (name == "dpg" and n not in (1, 4)): raise ConfigError(f"{n} pictures a prompt: expected {'4 (or 1)' if name == 'dpg' else 'at least 1'}")
     return n
 
@@ -41,7 +43,8 @@ def official_files(
     name = dict(geneval=lambda i, row, z: f"{i.index:05d}/samples/{z:04d}.png",
                 paircomp=lambda i, row, z: f"{i.meta['case']}_{i.meta['prompt_idx']}_{z}.png",
                 t2i_compbench=lambda i, row, z: f"samples/{i.prompt}_{row * n + z:06d}.png",
-                dpg=lambda i, row, z: f"{i.meta['item_id']}.png")[layout]
+                dpg=lambda i, row, z: f"{i.meta['item_id']}.png", pie_bench=lambda i, row, z: f"annotation_images/{i.meta['image_path']}",
+                **dict.fromkeys(_LINES, lambda i, row, z: f"{i.index:05d}_{z}.png"))[layout]
     return [[name(i, row, z) for z in range(1 if layout == "dpg" else n)] for row, i in enumerate(items)]
 
 # %% ../nbs/16_official.ipynb #8038418d
@@ -64,11 +67,11 @@ def split_grid(
     h, w = grid.shape[0] // 2, grid.shape[1] // 2
     return [grid[y : y + h, x : x + w] for y in (0, h) for x in (0, w)]
 
-# %% ../nbs/16_official.ipynb #1a21160f
-def _png(image: np.ndarray) -> bytes:   # uint8 [height, width, 3]
+# %% ../nbs/16_official.ipynb #17424193
+def _png(image: np.ndarray, name: str = "") -> bytes:   # uint8 [height, width, 3]; JPEG where the official name is .jpg
     from PIL import Image
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, **dict(format="JPEG", quality=95) if name.endswith(".jpg") else dict(format="PNG"))
     return buffer.getvalue()
 
 def _record(item: Any) -> dict:   # a line of GenEval's evaluation_metadata.jsonl
@@ -88,11 +91,11 @@ def write_official(
         if row.dtype != np.uint8 or row.ndim != 4 or row.shape[3] != 3 or len(row) != count:
             raise DataError(f"pictures of one prompt are {row.dtype} {list(row.shape)}: expected uint8 [{count}, height, width, 3]", row=item.index)
         pictures = [join_grid(row)] if layout == "dpg" else row
-        for name, picture in zip(names, pictures, strict=True): write_atomic(folder / name, _png(picture))
+        for name, picture in zip(names, pictures, strict=True): write_atomic(folder / name, _png(picture, name))
         if layout == "geneval": write_atomic(folder / f"{item.index:05d}/metadata.jsonl", json.dumps(_record(item)))
     return folder
 
-# %% ../nbs/16_official.ipynb #6199f655
+# %% ../nbs/16_official.ipynb #98c2a7c7
 def _numbered(files: Iterable[Path]) -> list[Path]: return sorted(files, key=lambda f: (int(re.search(r"(\d+)\.png$", f.name)[1]), f.name))
 
 def _grouped(folder: Path) -> dict[str, list[Path]]:   # files by what stands before their last number
@@ -103,9 +106,10 @@ def _grouped(folder: Path) -> dict[str, list[Path]]:   # files by what stands be
 def _seen(layout: str, folder: Path, items: Sequence[Any], n: int) -> list[list[Path]]:   # what is there, by prompt
     if layout == "geneval": return [_numbered(f for f in (folder / f"{i.index:05d}/samples").glob("*.png") if f.stem.isdigit()) for i in items]
     if layout == "dpg": return [[f for f in (folder / f"{i.meta['item_id']}.png",) if f.is_file()] for i in items]
-    if layout == "paircomp":
+    if layout == "pie_bench": return [[f for f in (folder / f"annotation_images/{i.meta['image_path']}",) if f.is_file()] for i in items]
+    if layout == "paircomp" or layout in _LINES:
         groups = _grouped(folder)
-        return [groups.get(f"{i.meta['case']}_{i.meta['prompt_idx']}", []) for i in items]
+        return [groups.get(f"{i.index:05d}" if layout in _LINES else f"{i.meta['case']}_{i.meta['prompt_idx']}", []) for i in items]
     _one_set(items)
     groups, rows = _grouped(folder / "samples"), {p: [i for i in items if i.prompt == p] for p in {i.prompt for i in items}}
     # a prompt that the file holds twice shares its pictures, in order

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Corners', 'GENEVAL_COLORS', 'COLOR_TEMPLATES', 'DPG_COLUMNS', 'Box', 'Detector', 'GenEvalRules', 'box_overlap',
            'keep_objects', 'relative_position', 'cut_out', 'ClipColors', 'check_objects', 'geneval_scores',
-           'GroundingDetector', 'spacy_chunks', 'phrase_questions', 'compbench_scores', 'Proposition',
-           'read_dpg_questions', 'holding', 'dpg_answers', 'dpg_scores', 'dpg_categories']
+           'GroundingDetector', 'build_tiny_detector', 'spacy_chunks', 'phrase_questions', 'compbench_scores',
+           'Proposition', 'read_dpg_questions', 'holding', 'dpg_answers', 'dpg_scores', 'dpg_categories']
 
 # %% ../nbs/17_official_rules.ipynb #c84c54d1
 import csv, math
@@ -194,6 +194,27 @@ class GroundingDetector:
         batch = self.processor(images=[Image.fromarray(image)] * len(names), text=[f"{n.lower()}." for n in names], padding=True, return_tensors="pt").to(self.model.device)
         found = self.processor.post_process_grounded_object_detection(self.model(**batch), batch["input_ids"], target_sizes=[image.shape[:2]] * len(names), **self.thresholds)
         return [Box(n, tuple(b), s) for n, f in zip(names, found) for b, s in zip(f["boxes"].tolist(), f["scores"].tolist()) if round(b[0]) < round(b[2]) and round(b[1]) < round(b[3])]
+
+# %% ../nbs/17_official_rules.ipynb #cd8a6ef2
+def build_tiny_detector(
+    folder: str | Path,                          # to write
+    nouns: tuple[str, ...] = ("cup", "dog"),     # words that its tokenizer knows
+) -> None:
+    "An untrained GroundingDINO that runs in a second: for tests of the path, not of pictures."
+    from transformers import BertConfig, BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection, GroundingDinoProcessor, SwinConfig
+    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+    words = {100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 0: "[PAD]", 1012: ".", 1029: "?"}        # GroundingDINO knows its separators by BERT's ids
+    vocab = [words.get(i, f"[unused{i}]") for i in range(1030)] + list(nouns)
+    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(vocab)})
+    text = BertConfig(vocab_size=len(vocab), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_features=["stage2", "stage3", "stage4"])
+    config = GroundingDinoConfig(backbone_config=swin, text_config=text, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+                                 encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12, encoder_n_points=2, decoder_n_points=2)
+    import torch
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    GroundingDinoProcessor(GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 128}), tokenizer).save_pretrained(folder)
 
 # %% ../nbs/17_official_rules.ipynb #26885904
 _PLACES = ("top", "the side", "the left", "the right")

@@ -8,8 +8,9 @@ __all__ = ['Span', 'Images', 'Check', 'FOLLOW_QUESTION', 'PRESERVE_QUESTION', 'Q
            'build_rows', 'build_pairs', 'tabulate_rows', 'fact_key', 'filter_table', 'funnel_counts', 'same_form',
            'add_truth']
 
-# %% ../nbs/13_pair_builder.ipynb #de0a5a16
+# %% ../nbs/13_pair_builder.ipynb #fdb94df3
 import difflib, hashlib, json, re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -181,7 +182,7 @@ class SceneCaptioner:
         scenes = [(reading_to_scene(r, 2 * i), reading_to_scene(r, 2 * i + 1)) for i in range(len(images))]
         return [None if a is None or b is None else self._caption(a, b, e.id, attempt) for e, (a, b) in zip(edits, scenes, strict=True)]
 
-# %% ../nbs/13_pair_builder.ipynb #0b2530a8
+# %% ../nbs/13_pair_builder.ipynb #e88a4c23
 CAPTION_REQUEST = ('The left picture was edited to give the right one: "{instruction}". Describe each picture in one sentence. Both sentences must be built alike and differ only in the words '
                    'for what differs between the pictures. Answer in two lines that start with "1:" for the left and "2:" for the right picture.')
 
@@ -198,10 +199,12 @@ class VLMCaptioner:
     "Captions pairs with a vision-language model."
     ask: Callable[[np.ndarray, str], str | Failed]  # (picture, question) -> reply, or why there is none
     id: str                                         # names the model and its settings
+    workers: int = 16                               # questions in flight
 
     def __call__(self, images: Images, edits: Sequence[EditPair], attempt: int) -> list[tuple[str, str] | Failed | None]:
         "One caption pair per edit; None where the reply had another form, `Failed` where there was none."
-        replies = [self.ask(picture, CAPTION_REQUEST.replace("{instruction}", e.instruction)) for picture, e in zip(side_by_side(images), edits, strict=True)]
+        asked = [(picture, CAPTION_REQUEST.replace("{instruction}", e.instruction)) for picture, e in zip(side_by_side(images), edits, strict=True)]
+        with ThreadPoolExecutor(self.workers) as pool: replies = list(pool.map(lambda question: self.ask(*question), asked))   # in the order of the edits
         return [reply if isinstance(reply, Failed) else read_captions(reply) for reply in replies]
 
 # %% ../nbs/13_pair_builder.ipynb #fb946ebd

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Mask', 'TAG_QUESTION', 'Tag', 'Found', 'Region', 'Tagger', 'Segmenter', 'SceneTagger', 'SceneSegmenter',
            'cell_shares', 'disjoint_cells', 'join_regions', 'Coverage', 'find_regions', 'keep_boxes', 'GroundedSam',
-           'load_segmenter', 'read_tags', 'VLMTagger', 'FlorenceTagger', 'load_tagger']
+           'Sam3Segmenter', 'load_segmenter', 'read_tags', 'VLMTagger', 'FlorenceTagger', 'load_tagger']
 
 # %% ../nbs/32_regions.ipynb #81f1813e
 import json, re
@@ -172,23 +172,27 @@ def keep_boxes(
         if (inner <= threshold * (area[kept] + area[i] - inner)).all(): kept.append(i)
     return kept
 
-# %% ../nbs/32_regions.ipynb #e8f95d1c
+# %% ../nbs/32_regions.ipynb #bd18be7e
+_MASKERS = dict(sam="SamModel", sam_hq="SamHQModel", sam2="Sam2Model", sam2_video="Sam2Model")   # SAM 2 is published with its video parts
+
 class GroundedSam:
     "A detector for boxes (GroundingDINO, OWLv2), a SAM for masks."
     def __init__(
         self,
         detector: str = "IDEA-Research/grounding-dino-tiny",   # SwinT-OGC, or an OWLv2; zoo name, folder or hub id
-        masker: str = "facebook/sam-vit-huge",                 # any SAM or SAM 2
+        masker: str = "facebook/sam-vit-huge",                 # any SAM, SAM-HQ or SAM 2
         device: Any = None,                                    # default: the first GPU, else the CPU
         dtype: Any = "auto",                                   # of the weights: as saved, or a torch dtype
         box_threshold: float = 0.25,                           # as in the Grounded-SAM demo with RAM
         text_threshold: float = 0.20,                          # of a token, to name a box
         overlap: float = 0.5,                                  # of `keep_boxes`
     ):
-        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor, Sam2Model, SamModel
+        import transformers
+        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
         self.id, paths = f"{detector}+{masker}", (resolve(detector), resolve(masker))
-        sam2 = AutoConfig.from_pretrained(paths[1]).model_type in ("sam2", "sam2_video")   # SAM 2 is published with its video parts
-        kinds = AutoModelForZeroShotObjectDetection, Sam2Model if sam2 else SamModel
+        family = AutoConfig.from_pretrained(paths[1]).model_type
+        if family not in _MASKERS: raise ConfigError(f"{masker} is a {family} checkpoint: masks come from {', '.join(_MASKERS)}")
+        kinds, sam2 = (AutoModelForZeroShotObjectDetection, getattr(transformers, _MASKERS[family])), _MASKERS[family] == "Sam2Model"
         self.detector, self.masker = (load_whole(kind, p, dtype=dtype).to(device or pick_device()).eval() for kind, p in zip(kinds, paths))
         self.read_text, self.read_boxes = AutoProcessor.from_pretrained(paths[0]), None if sam2 else AutoProcessor.from_pretrained(paths[1])
         self.thresholds, self.overlap = dict(threshold=box_threshold, text_threshold=text_threshold), overlap
@@ -213,7 +217,13 @@ class GroundedSam:
         rows = [np.flatnonzero(owner[kept] == i) for i in range(len(tags))]
         return [Found(masks[r].any(0), float(scores[kept][r].max())) if len(r) else None for r in rows]
 
-# %% ../nbs/32_regions.ipynb #499e3917
+# %% ../nbs/32_regions.ipynb #d7d53d68
+def _squashed(picture: Any, side: int, model: Any, mean: Any, std: Any) -> Any:   # what SAM 2 and SAM 3 look at, [1, 3, side, side], where and as the model is
+    import torch
+    from PIL import Image
+    x = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR)) / 255
+    return torch.tensor((x - mean) / std).permute(2, 0, 1)[None].to(model.device, model.dtype)
+
 @patch
 def _dino(self: GroundedSam, picture: Any, tags: list[str]) -> list[dict]:   # boxes and scores for each tag, by GroundingDINO
     batch = self.read_text(images=[picture] * len(tags), text=[f"{t.lower()}." for t in tags], padding=True, return_tensors="pt").to(self.detector.device, self.detector.dtype)
@@ -239,26 +249,64 @@ def _masks(self: GroundedSam, picture: Any, boxes: np.ndarray) -> np.ndarray:   
 @patch
 def _masks2(self: GroundedSam, picture: Any, boxes: np.ndarray) -> np.ndarray:   # bool [box, height, width], by SAM 2
     import torch
-    from PIL import Image
     side, (width, height), device = self.masker.config.prompt_encoder_config.image_size, picture.size, self.masker.device
-    x = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR)) / 255
-    x = torch.tensor((x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).permute(2, 0, 1)[None].to(device, self.masker.dtype)
+    x = _squashed(picture, side, self.masker, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     places = torch.tensor(boxes * np.array([side / width, side / height] * 2), dtype=torch.float32, device=device)[None]
     out = self.masker(pixel_values=x, input_boxes=places, multimask_output=False)
     return torch.nn.functional.interpolate(out.pred_masks[0].float(), (height, width), mode="bilinear", align_corners=False)[:, 0].cpu().numpy() > 0
 
-# %% ../nbs/32_regions.ipynb #78f497f3
+# %% ../nbs/32_regions.ipynb #e8a19f60
+class Sam3Segmenter:
+    "SAM 3: boxes, masks and words in one model."
+    def __init__(
+        self,
+        name: str = "facebook/sam3",   # zoo name, folder or hub id
+        device: Any = None,            # default: the first GPU, else the CPU
+        dtype: Any = "auto",           # of the weights: as saved, or a torch dtype
+        threshold: float = 0.3,        # confidence of an instance, as its processor has it
+    ):
+        from transformers import AutoTokenizer, Sam3Model
+        path = resolve(name)
+        self.id, self.threshold, self.words = name, threshold, AutoTokenizer.from_pretrained(path)
+        self.model = load_whole(Sam3Model, path, dtype=dtype).to(device or pick_device()).eval()
+
+    def segment(self, images: np.ndarray | list[np.ndarray], tags: list[list[str]]) -> list[list[Found | None]]:
+        import torch
+        with torch.inference_mode(): return [self._one(i, t) for i, t in zip(images, tags, strict=True)]
+
+    def _one(self, image: np.ndarray, tags: list[str]) -> list[Found | None]:
+        from PIL import Image
+        if not tags: return []
+        seen = self.model.get_vision_features(_squashed(Image.fromarray(image), self.model.config.image_size, self.model, 0.5, 0.5))
+        return [self._find(seen, tag, image.shape[:2]) for tag in tags]
+
+    def _find(self, seen: Any, tag: str, size: tuple[int, int]) -> Found | None:
+        import torch
+        words = self.words(tag.lower(), padding="max_length", max_length=self.model.config.text_config.max_position_embeddings, truncation=True, return_tensors="pt").to(self.model.device)
+        out = self.model(vision_embeds=seen, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
+        scores = out.pred_logits[0].float().sigmoid() * out.presence_logits[0].float().sigmoid()
+        kept = scores > self.threshold
+        if not kept.any(): return None
+        masks = torch.nn.functional.interpolate(out.pred_masks[:, kept].float().sigmoid(), size, mode="bilinear", align_corners=False)[0] > 0.5
+        return Found(masks.any(0).cpu().numpy(), scores[kept].max().item())
+
+# %% ../nbs/32_regions.ipynb #a596823c
 def load_segmenter(
-    name: str,             # "scene", or "detector+masker": GroundingDINO or OWLv2 and SAM or SAM 2, by zoo name, folder or hub id
+    name: str,             # "scene", "detector+masker" (GroundingDINO or OWLv2, and SAM, SAM-HQ or SAM 2), or a SAM 3; by zoo name, folder or hub id
     device: Any = None,    # default: the first GPU, else the CPU
-    **options: Any,        # of `GroundedSam`
+    **options: Any,        # of `GroundedSam` or `Sam3Segmenter`
 ) -> Segmenter:
     "From a name to a segmenter."
     if name == "scene": return SceneSegmenter()
     detector, plus, masker = name.partition("+")
-    if not plus and "sam3" in name.lower(): raise ConfigError(f"{name}: SAM 3 does not load without torchvision, which this library does without; use IDEA-Research/grounding-dino-tiny+facebook/sam-vit-huge")
-    if not plus: raise ConfigError(f"{name} names one model: expected detector+masker, as in IDEA-Research/grounding-dino-tiny+facebook/sam-vit-huge")
-    return GroundedSam(detector, masker, device, **options)
+    if plus: return GroundedSam(detector, masker, device, **options)
+    if "sam3" in name.lower() or _family(name).startswith("sam3"): return Sam3Segmenter(name, device, **options)
+    raise ConfigError(f"{name} names one model that is no SAM 3: expected detector+masker, as in IDEA-Research/grounding-dino-tiny+facebook/sam-vit-huge")
+
+def _family(name: str) -> str:   # model_type of a checkpoint, "" where there is none
+    from transformers import AutoConfig
+    try: return AutoConfig.from_pretrained(resolve(name)).model_type
+    except (OSError, ValueError, ConfigError): return ""
 
 # %% ../nbs/32_regions.ipynb #abc6f6f5
 TAG_QUESTION = 'Name every kind of object that is visible in this picture. Answer with a JSON list of nouns and nothing else, as in ["dog", "table"].'

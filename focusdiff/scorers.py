@@ -18,11 +18,11 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/27_scorers.ipynb #fa3c15c1
+# %% ../nbs/27_scorers.ipynb #75fc2209
 from .core import ConfigError, DataError, derive_seed, pick_device
 from .judge import checkpoint_digest, parameter_digest
 from .question import Images
-from .zoo import resolve
+from .zoo import load_reported, resolve
 
 # %% ../nbs/27_scorers.ipynb #360570ec
 @dataclass(frozen=True)
@@ -253,13 +253,13 @@ def load_image_reward(
         raise ConfigError(f"ImageReward needs its package, which does not load here ({e}): pip install image-reward into an environment with transformers<4.55, and run this row there") from e
     return ImageRewardScorer(ImageReward.load(name, device=str(device or pick_device())), name)
 
-# %% ../nbs/27_scorers.ipynb #b286b819
+# %% ../nbs/27_scorers.ipynb #11ccbb09
 def _load(kind: str, family: str, name: str | Path, device: Any, dtype: torch.dtype) -> tuple:   # model, processor, short name, digest
     import transformers
     path = resolve(name)
     found = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
     if found != family: raise ConfigError(f"{name} is a {found} checkpoint: {kind} needs {family}")
-    model, info = getattr(transformers, kind).from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    model, info = load_reported(getattr(transformers, kind), path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     wrong = {k.removesuffix("_keys"): sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     wrong = {k: [w for w in v if not w.endswith("position_ids")] for k, v in wrong.items()}
     if any(wrong.values()):

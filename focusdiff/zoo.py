@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'scene_words', 'build_tokenizer', 'janus_config', 'janus_processor', 'build_tiny_janus', 'build_tiny_llava',
-           'build_tiny_paligemma', 'read_manifest', 'file_sums', 'save_checkpoint', 'verify', 'resolve', 'load_whole']
+           'build_tiny_paligemma', 'read_manifest', 'file_sums', 'save_checkpoint', 'verify', 'resolve',
+           'load_reported', 'load_whole']
 
 # %% ../nbs/02_zoo.ipynb #3faf368a
 import hashlib, json
@@ -196,14 +197,28 @@ def resolve(
     if str(name).count("/") == 1 and not str(name).startswith((".", "/")): return str(name)
     raise ConfigError(f"no model {str(name)!r}: expected a zoo name ({', '.join(sorted(read_manifest()))}), a folder with a config.json, or a hub id like owner/name")
 
-# %% ../nbs/02_zoo.ipynb #3b24fbfe
+# %% ../nbs/02_zoo.ipynb #e06d6cf3
+def load_reported(
+    kind: Any,        # a model class of transformers or diffusers
+    path: str,        # from `resolve`
+    **options: Any,   # of its `from_pretrained`
+) -> tuple[Any, dict]:   # the model; what was missing, unexpected or of another shape
+    "Load a model with the report of its library; a file that cannot be read is a `ConfigError`."
+    from safetensors import SafetensorError
+    named = {} if kind.__module__.startswith("diffusers") else dict(ignore_mismatched_sizes=True)   # for the report; diffusers refuses at once, by name
+    try: return kind.from_pretrained(path, output_loading_info=True, **named, **options)
+    except (RuntimeError, ValueError, SafetensorError) as e:
+        if "out of memory" in str(e): raise
+        raise ConfigError(f"{path} cannot be loaded as {kind.__name__}: a file is damaged or belongs to another class ({' '.join(str(e).split())[:200]})") from e
+
 def load_whole(
     kind: Any,        # a model class of transformers or diffusers
     path: str,        # from `resolve`
     **options: Any,   # of its `from_pretrained`
 ) -> Any:             # the model
-    "Load a model; weights that the checkpoint lacks are a `ConfigError`."
-    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
-    lost = sorted(info["missing_keys"])
+    "Load a model; weights that the checkpoint lacks or that have another shape are a `ConfigError`."
+    model, info = load_reported(kind, path, **options)
+    lost, odd = sorted(info["missing_keys"]), sorted(info["mismatched_keys"], key=str)
+    if odd: raise ConfigError(f"{path} does not fit {type(model).__name__}: {len(odd)} weights have another shape, such as {odd[0][0]} with {list(odd[0][1])} instead of {list(odd[0][2])}")
     if lost: raise ConfigError(f"{path} lacks {len(lost)} weights of {type(model).__name__}, such as {lost[0]}: they would be random; take a complete checkpoint of this class")
     return model
