@@ -11,7 +11,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-# %% ../nbs/19_decoder.ipynb #a2021c40
+# %% ../nbs/19_decoder.ipynb #a53978e3
+from .adapters import weight_of
 from .core import ConfigError
 
 # %% ../nbs/19_decoder.ipynb #28a91487
@@ -26,7 +27,7 @@ def check_llama(
     rope = config.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"): raise ConfigError(f"rotary embedding {rope!r} changes with the text's length: not supported")
 
-# %% ../nbs/19_decoder.ipynb #76265525
+# %% ../nbs/19_decoder.ipynb #654a52e9
 class Decoder:
     "LLaMA blocks over fused copies of a language model's weights, with a fixed cache."
     def __init__(self, lm: nn.Module):  # `LlamaModel`
@@ -37,10 +38,10 @@ class Decoder:
         self.layers = []
         for layer in lm.layers:
             a, m = layer.self_attn, layer.mlp
-            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
-            gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight])
+            qkv = torch.cat([weight_of(x) for x in (a.q_proj, a.k_proj, a.v_proj)])      # with their adapter, if they have one
+            gate_up = torch.cat([weight_of(x) for x in (m.gate_proj, m.up_proj)])
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            self.layers.append((*norms, qkv, a.o_proj.weight.t(), gate_up, m.down_proj.weight.t()))
+            self.layers.append((*norms, qkv, weight_of(a.o_proj).t(), gate_up, weight_of(m.down_proj).t()))
 
     def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
         "cos and sin, [row, 1, size] for one position a row; sin carries the sign of the rotated halves."

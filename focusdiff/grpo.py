@@ -9,13 +9,15 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/21_grpo.ipynb #fe88ba80
+# %% ../nbs/21_grpo.ipynb #108d2eb7
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-# %% ../nbs/21_grpo.ipynb #577ca938
+# %% ../nbs/21_grpo.ipynb #2f2be3b6
+from .adapters import add_frozen, adapter_off, drop_frozen, lora_layers
 from .core import ConfigError, derive_seed
 from .policy import Sampling
 from .rewards import qa_reward
@@ -185,16 +187,16 @@ def step_metrics(
             "truth": mean([s for s in scores if s is not None]), "entropy": rows.entropy,
             "zero_variance_share": counts["zero_variance"] / counts["groups"], "masked_count": counts["masked"]}
 
-# %% ../nbs/21_grpo.ipynb #576100c3
+# %% ../nbs/21_grpo.ipynb #7a7c7952
 def freeze_unused(
     policy: Any,                      # a `JanusPolicy`
 ) -> list[torch.nn.Parameter]:        # what is trained: language model, generation embeddings, aligner and head
-    "Freeze what generation does not use or must not change: vision tower, its aligner, VQ tokenizer, text head (section 3.1)."
-    frozen = ("vision_model", "aligner", "vqmodel", "lm_head")
-    for name, parameter in policy.named_parameters(): parameter.requires_grad_(not set(name.split(".")) & set(frozen))
+    "Freeze what generation does not use or must not change: vision tower, its aligner, VQ tokenizer, text head (section 3.1); with an adapter, everything but that."
+    frozen, adapted = ("vision_model", "aligner", "vqmodel", "lm_head"), bool(lora_layers(policy))
+    for name, parameter in policy.named_parameters(): parameter.requires_grad_(".lora_" in name if adapted else not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #702b45d9
+# %% ../nbs/21_grpo.ipynb #acbce740
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -207,11 +209,16 @@ class GRPO(StepModule):
         super().__init__()
         self.policy, self.config, self.judge, self.truth = policy, config, judge, truth
         self.trained = freeze_unused(policy)
-        self._reference = [copy.deepcopy(policy).requires_grad_(False)] if config.beta else []   # in a list: not part of the state
+        copied = config.beta and not lora_layers(policy)
+        self._reference = [copy.deepcopy(policy).requires_grad_(False)] if copied else []   # in a list: not part of the state
         guidance = policy.sampling.guidance if config.guidance is None else config.guidance
         self.sampling = Sampling(guidance, config.temperature, config.top_k)
 
     def on_fit_start(self) -> None: self._reference = [reference.to(self.device) for reference in self._reference]
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None: drop_frozen(checkpoint, self)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None: add_frozen(checkpoint, self)
 
     def configure_optimizers(self) -> Any:
         c = self.config
@@ -230,15 +237,31 @@ class GRPO(StepModule):
     def advantages(self, rows: Rows, rewards: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, int]]:
         return group_advantages(rewards, valid, rows.prompt, self.config.advantage_eps)
 
+    def losses(self, rows: Rows, advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        score = lambda policy: policy.token_logps(rows.prompts, rows.tokens, self.sampling, law=self.config.law)
+        ref_logps = None
+        if self.config.beta:
+            with torch.no_grad(), adapter_off(self.policy): ref_logps = score(self._reference[0] if self._reference else self.policy)
+        return grpo_loss(score(self.policy), advantages, valid, ref_logps, self.config.beta, self.config.epsilon)
+
     def training_step(self, batch: list, batch_idx: int) -> Tensor | None:
         rows = self.sample(batch)
         rewards, valid = (x.to(self.device) for x in qa_reward(self.judge, rows.images, rows.prompts))
         advantages, counts = self.advantages(rows, rewards, valid)
-        score = lambda policy: policy.token_logps(rows.prompts, rows.tokens, self.sampling, law=self.config.law)
-        with torch.no_grad(): ref_logps = score(self._reference[0]) if self._reference else None
-        loss, kl = grpo_loss(score(self.policy), advantages, valid, ref_logps, self.config.beta, self.config.epsilon)
+        loss, kl = self.losses(rows, advantages, valid)
         loss = loss * valid.float().mean()      # over all rows, so that micro-batches and devices with different numbers of masked rows add up to the whole batch
         self.record(loss=loss.item(), kl=kl.item(), injection_probability=self.injection_probability(),
                     **step_metrics(rows, rewards, valid, counts, self.truth))
         self.last_group = (rows, rewards, valid, advantages)
         return loss if self.all_gather(valid.sum()).sum() > 0 else None
+
+# %% ../nbs/21_grpo.ipynb #79a2325a
+@patch
+def trial_loss(
+    self: GRPO,
+    batch: list,           # `PromptPair`s
+) -> Float[Tensor, ""]:    # its value means nothing
+    "A loss that needs the memory of `training_step`, without judge and trainer."
+    captions = captions_of(batch)
+    rows = sample_rows(self.policy, captions, [self.config.group_size] * len(captions), self.sampling, "trial")
+    return self.losses(rows, torch.ones(len(rows.prompts), device=rows.tokens.device), ~rows.injected)[0]

@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-# %% ../nbs/20_policy.ipynb #0d986f3d
+# %% ../nbs/20_policy.ipynb #d0f8cd30
+from .adapters import merged
+from .chunked_head import chosen_logps
 from .core import ConfigError, DataError, derive_seed, pick_device
 from .decoder import Decoder, check_llama
 
@@ -71,7 +73,7 @@ def _draw(
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cdf, x[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
-# %% ../nbs/20_policy.ipynb #7317abaf
+# %% ../nbs/20_policy.ipynb #db3ee00d
 class JanusPolicy(nn.Module):
     "A Janus checkpoint as a policy over image tokens."
     def __init__(
@@ -86,6 +88,7 @@ class JanusPolicy(nn.Module):
         self.n_tokens = config.vision_config.num_image_tokens
         self.vocabulary = config.vq_config.num_embeddings
         self.context = config.text_config.max_position_embeddings
+        self.head_chunk: int | None = None      # logits that exist at a time when tokens are scored; None: all
         extra = getattr(generation, "generation_kwargs", None) or {}
         self.uncond_pads = extra.get("uncond_pads", "visible")
         if self.uncond_pads not in ("visible", "masked"):
@@ -115,7 +118,7 @@ def _special_tokens(**ids: Any) -> tuple[int, ...]:  # bos, pad, begin of image
         if not isinstance(value, int): raise ConfigError(f"the checkpoint's generation_config gives no {name}")
     return tuple(ids.values())
 
-# %% ../nbs/20_policy.ipynb #b984f64b
+# %% ../nbs/20_policy.ipynb #4bc2abc3
 def load_policy(
     name: str | Path,                     # zoo name, local folder or hub id
     device: Any = None,                   # default: the first GPU, else the CPU
@@ -135,8 +138,8 @@ def save(
     self: JanusPolicy,
     path: str | Path,  # folder to write
 ) -> None:
-    "Write the checkpoint folder that `load_policy` reads."
-    self.model.save_pretrained(path)
+    "Write the checkpoint folder that `load_policy` reads; an adapter is merged into it."
+    with merged(self.model) as model: model.save_pretrained(path)
     self.processor.save_pretrained(path)
 
 # %% ../nbs/20_policy.ipynb #ee5531ac
@@ -176,7 +179,7 @@ def _uncond_ids(self: JanusPolicy, ids: list[int]) -> list[int]:  # the same row
     bos, pad, boi = self.special
     return [bos, boi] if self.uncond_pads == "masked" else [bos] + [pad] * (len(ids) - 2) + [boi]
 
-# %% ../nbs/20_policy.ipynb #91ad6df0
+# %% ../nbs/20_policy.ipynb #369bbbe4
 def _pad(
     rows: list[list[int]],  # token ids of different lengths
     pad: int,               # pad token id
@@ -198,20 +201,28 @@ def codebook_table(
     return self.model.model.generation_aligner(self.model.model.generation_embeddings.weight)
 
 @patch
+def _read(self: JanusPolicy, tokens: Tensor) -> Tensor:  # [row, token, width]: what the language model reads; few tokens are aligned by themselves
+    if tokens.numel() > self.vocabulary: return F.embedding(tokens, self.codebook_table())
+    return self.model.model.generation_aligner(self.model.model.generation_embeddings(tokens))
+
+@patch
+def _before_logits(self: JanusPolicy, hidden: Tensor, guidance: float) -> Tensor:  # [pair, *token, width]: guidance before the head's last, affine layer
+    head = self.model.model.generation_head
+    hidden = head.activation_fn(head.proj_out(hidden))
+    if guidance == 1: return hidden
+    c, u = hidden.chunk(2)
+    return u + guidance * (c - u)
+
+@patch
 def guided_logits(
     self: JanusPolicy,
     hidden: Float[Tensor, "row *token width"],  # with guidance the unconditional rows follow the conditional ones
     guidance: float,                            # w
 ) -> Float[Tensor, "pair *token vocabulary"]:   # u + w (c - u); one row for each conditional row
-    "The generation head with guidance before its last, affine layer."
-    head = self.model.model.generation_head
-    hidden = head.activation_fn(head.proj_out(hidden))
-    if guidance != 1:
-        c, u = hidden.chunk(2)
-        hidden = u + guidance * (c - u)
-    return head.vision_head(hidden)
+    "The generation head."
+    return self.model.model.generation_head.vision_head(self._before_logits(hidden, guidance))
 
-# %% ../nbs/20_policy.ipynb #047c0041
+# %% ../nbs/20_policy.ipynb #8c20c1dc
 @patch
 def _hidden(
     self: JanusPolicy,
@@ -223,7 +234,7 @@ def _hidden(
     lm, names = self.model.model.language_model, {}
     index = torch.tensor([names.setdefault(tuple(p), len(names)) for p in prefixes], device=self.device)
     ids, mask = _pad([list(p) for p in names], self.special[1], padding, self.device)
-    image = F.embedding(tokens[:, :-1], self.codebook_table())   # [row, token - 1, width]
+    image = self._read(tokens[:, :-1])                           # [row, token - 1, width]
     if lm.is_gradient_checkpointing and lm.training: return _hidden_whole(lm, ids[index], mask[index], image, padding)
     lengths, position = mask.sum(1), (mask.cumsum(1) - 1).clamp(min=0)
     out = lm(inputs_embeds=lm.embed_tokens(ids), attention_mask=mask.long(), position_ids=position, use_cache=True)
@@ -246,7 +257,7 @@ def _hidden_whole(lm: nn.Module, ids: Tensor, mask: Tensor, image: Tensor, paddi
     if padding == "left": return out[:, width - 1:]
     return torch.cat([out[torch.arange(rows, device=out.device), lengths - 1][:, None], out[:, width:]], 1)
 
-# %% ../nbs/20_policy.ipynb #ef732366
+# %% ../nbs/20_policy.ipynb #78899d60
 @patch
 def token_logps(
     self: JanusPolicy,
@@ -263,8 +274,8 @@ def token_logps(
     prefixes = self.prompt_ids(prompts)
     if sampling.guidance != 1: prefixes, both = prefixes + [self._uncond_ids(p) for p in prefixes], tokens.repeat(2, 1)
     else: both = tokens
-    logits = self.guided_logits(self._hidden(prefixes, both, padding), sampling.guidance)
-    return token_law(logits, sampling, law).gather(-1, tokens[..., None]).squeeze(-1)
+    hidden, head = self._before_logits(self._hidden(prefixes, both, padding), sampling.guidance), self.model.model.generation_head.vision_head
+    return chosen_logps(hidden, head.weight, head.bias, tokens, lambda logits: token_law(logits, sampling, law), self.head_chunk)
 
 @patch
 def _check_tokens(self: JanusPolicy, prompts: list[str], tokens: Tensor) -> None:

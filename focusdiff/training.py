@@ -131,7 +131,20 @@ class StepModule(L.LightningModule):
         logged["learning_rate"] = optimizer.param_groups[0]["lr"]
         self.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in logged.items()} | {"step": float(self.global_step)})
 
-# %% ../nbs/03_training.ipynb #35aadf35
+# %% ../nbs/03_training.ipynb #72458b17
+def _more_loggers(names: tuple, run_dir: Path, desc: str) -> list[Logger]:
+    "Lightning's loggers by name, or as they are."
+    if not names: return []
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    kinds = {"tensorboard": lambda: TensorBoardLogger(run_dir, name="tensorboard", version=""), "wandb": lambda: WandbLogger(project="focusdiff", name=desc, save_dir=run_dir)}
+    made = []
+    for name in names:
+        if not isinstance(name, Logger) and name not in kinds: raise ConfigError(f"unknown logger {name!r}: choose some of {', '.join(kinds)}, or give a Lightning logger")
+        try: made.append(name if isinstance(name, Logger) else kinds[name]())
+        except ModuleNotFoundError as e: raise ConfigError(f"the logger {name!r} needs a package that is not installed: pip install {name}") from e
+    return made
+
+# %% ../nbs/03_training.ipynb #4110fdc8
 def make_trainer(
     run_dir: str | Path,         # `last.ckpt`, `metrics.csv` and a failing batch are written here
     max_steps: int,              # optimizer steps in all, resumed ones included
@@ -145,6 +158,7 @@ def make_trainer(
     save_every: int = 100,       # optimizer steps between checkpoints (official recipe)
     desc: str = "train",         # shown before the progress
     callbacks: tuple = (),       # more Lightning callbacks
+    loggers: tuple = (),         # beside `metrics.csv`: "tensorboard", "wandb" or Lightning loggers
 ) -> L.Trainer:                  # call `fit` with it
     "A Lightning trainer with exact resume, tidy metrics, time left and a check of the loss."
     if max_steps < 1: raise ConfigError(f"max_steps is {max_steps}: a run needs at least one optimizer step")
@@ -156,7 +170,7 @@ def make_trainer(
     return L.Trainer(
         default_root_dir=run_dir, max_steps=max_steps, max_epochs=-1, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, log_every_n_steps=1, use_distributed_sampler=False,
-        logger=MetricsFile(run_dir/"metrics.csv"), callbacks=[StepSeed(seed), FiniteLoss(run_dir), TimeLeft(desc), *callbacks, saver],
+        logger=[MetricsFile(run_dir/"metrics.csv"), *_more_loggers(tuple(loggers), run_dir, desc)], callbacks=[StepSeed(seed), FiniteLoss(run_dir), TimeLeft(desc), *callbacks, saver],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=True)
 
 # %% ../nbs/03_training.ipynb #a50b567d
