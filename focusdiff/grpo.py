@@ -16,11 +16,11 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-# %% ../nbs/21_grpo.ipynb #2f2be3b6
+# %% ../nbs/21_grpo.ipynb #a20d0e20
 from .adapters import add_frozen, adapter_off, drop_frozen, lora_layers
 from .core import ConfigError, derive_seed
 from .policy import Sampling
-from .rewards import qa_reward
+from .rewards import submit_reward
 from .training import StepModule
 
 # %% ../nbs/21_grpo.ipynb #b0d3c038
@@ -197,7 +197,7 @@ def freeze_unused(
     for name, parameter in policy.named_parameters(): parameter.requires_grad_(".lora_" in name if adapted else not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #acbce740
+# %% ../nbs/21_grpo.ipynb #7c66f48c
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -240,23 +240,42 @@ class GRPO(StepModule):
     def advantages(self, rows: Rows, rewards: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, int]]:
         return group_advantages(rewards, valid, rows.prompt, self.config.advantage_eps)
 
-    def losses(self, rows: Rows, advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        score = lambda policy: policy.token_logps(rows.prompts, rows.tokens, self.sampling, law=self.config.law)
-        ref_logps = None
-        if self.config.beta:
-            with torch.no_grad(), adapter_off(self.policy): ref_logps = score(self._reference[0] if self._reference else self.policy)
-        return grpo_loss(score(self.policy), advantages, valid, ref_logps, self.config.beta, self.config.epsilon)
-
     def training_step(self, batch: list, batch_idx: int) -> Tensor | None:
         rows = self.sample(batch)
-        rewards, valid = (x.to(self.device) for x in qa_reward(self.judge, rows.images, rows.prompts))
+        pending = submit_reward(self.judge, rows.images, rows.prompts)
+        logps = self.logps(rows)      # while a server judges
+        rewards, valid = (x.to(self.device) for x in pending.result())
         advantages, counts = self.advantages(rows, rewards, valid)
-        loss, kl = self.losses(rows, advantages, valid)
+        loss, kl = self.losses(rows, advantages, valid, logps)
         loss = loss * valid.float().mean()      # over all rows, so that micro-batches and devices with different numbers of masked rows add up to the whole batch
         self.record(loss=loss.item(), kl=kl.item(), injection_probability=self.injection_probability(),
                     **step_metrics(rows, rewards, valid, counts, self.truth))
         self.last_group = (rows, rewards, valid, advantages)
         return loss if self.all_gather(valid.sum()).sum() > 0 else None
+
+# %% ../nbs/21_grpo.ipynb #0402b165
+@patch
+def logps(
+    self: GRPO,
+    rows: Rows,   # that were sampled or injected
+) -> tuple[Tensor, Tensor | None]:   # [row, token] of the policy; of the reference, where there is a KL term
+    "Log-probabilities of all rows."
+    score, ref_logps = lambda policy: policy.token_logps(rows.prompts, rows.tokens, self.sampling, law=self.config.law), None
+    if self.config.beta:
+        with torch.no_grad(), adapter_off(self.policy): ref_logps = score(self._reference[0] if self._reference else self.policy)
+    return score(self.policy), ref_logps
+
+@patch
+def losses(
+    self: GRPO,
+    rows: Rows,                    # ditto
+    advantages: Tensor,            # [row]
+    valid: Tensor,                 # [row]: which count
+    logps: tuple | None = None,    # of `GRPO.logps`; None: computed here
+) -> tuple[Tensor, Tensor]:        # loss and KL
+    "Loss over the valid rows."
+    own, ref_logps = logps or self.logps(rows)
+    return grpo_loss(own, advantages, valid, ref_logps, self.config.beta, self.config.epsilon)
 
 # %% ../nbs/21_grpo.ipynb #79a2325a
 @patch

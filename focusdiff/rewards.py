@@ -52,14 +52,17 @@ def qa_reward(
     valid = torch.tensor([not isinstance(o, Failed) for o in outcomes], dtype=torch.bool)
     return torch.tensor([0.0 if isinstance(o, Failed) else o for o in outcomes], dtype=torch.float32), valid
 
-# %% ../nbs/12_rewards.ipynb #9c09ba6e
+# %% ../nbs/12_rewards.ipynb #b0db9b95
 _BACKGROUND = ThreadPoolExecutor(1, "judge")   # its thread starts with the first question
 
 def submit_reward(
-    judge: Judge,                      # who scores; a server gains, a local model shares the device
+    judge: Judge,                      # who scores; in the background if it is `remote`: a local model would share the processors
     images: Images,                    # RGB, one per row; not to be changed before the result is there
     prompts: list[str],                # one per row
     stats: RewardStats | None = None,  # counts to add to
 ) -> Future:                           # `result()` is what `qa_reward` returns
-    "`qa_reward` in the background."
-    return _BACKGROUND.submit(qa_reward, judge, images, prompts, stats)
+    "`qa_reward`, in the background where that gains time."
+    if getattr(judge, "remote", False): return _BACKGROUND.submit(qa_reward, judge, images, prompts, stats)
+    done = Future()
+    done.set_result(qa_reward(judge, images, prompts, stats))
+    return done

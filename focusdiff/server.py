@@ -48,7 +48,7 @@ def read_logprobs(
     logs = [math.log(m) if m > 0 else -math.inf for m in (mass(question.yes), mass(question.no))]
     return yes_no_score(*logs, question.round_to)
 
-# %% ../nbs/06_server.ipynb #f870912d
+# %% ../nbs/06_server.ipynb #8cfea188
 _RETRY = {408, 409, 425, 429} | set(range(500, 600))
 _HOPELESS = {
     401: "the key is refused: set OPENAI_API_KEY",
@@ -58,6 +58,7 @@ _HOPELESS = {
 
 class ServerJudge(BaseJudge):
     "A model behind an OpenAI-compatible chat-completions server that reports `top_logprobs`."
+    remote = True   # computes elsewhere: others need not wait for it
     def __init__(
         self,
         url: str,                            # base address, such as http://localhost:8000/v1
