@@ -47,7 +47,7 @@ def pick_columns(
         if name not in found: raise DataError(f"no such column; the file has {', '.join(found) or 'none'}: {how}", file, field=name)
     return fits[0]
 
-# %% ../nbs/14_edit_data.ipynb #0c37f190
+# %% ../nbs/14_edit_data.ipynb #cbbcd98c
 @dataclass(frozen=True)
 class EditRecord(EditPair):
     "One row of an editing set."
@@ -68,7 +68,7 @@ def confined_path(
     try:
         path = Path(os.path.realpath(root / text))
         inside, found = path.is_relative_to(os.path.realpath(root)), path.is_file()
-    except (OSError, ValueError) as e: raise refuse(f"is no path that can be looked up: {getattr(e, 'strerror', None) or e}") from e    # too long, no characters, no permission
+    except (OSError, ValueError) as e: raise refuse(f"is no path that can be looked up: {getattr(e, 'strerror', None) or getattr(e, 'reason', e)}") from e    # too long, no characters, no permission
     if not inside: raise refuse("leads out of the folder of the set through a link")
     if not found: raise refuse("is no file in the folder of the set")
     return path
@@ -148,7 +148,7 @@ def _jsonl_head(path: Path) -> tuple[list[str], int, str]:  # columns of the fir
             if not names and isinstance(values := _json_line(line, path, row), dict): names = list(values)
     return names, rows, digest.hexdigest()
 
-# %% ../nbs/14_edit_data.ipynb #fcca1015
+# %% ../nbs/14_edit_data.ipynb #b7bf2619
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")   # no other format is opened
 IMAGE_SUFFIX = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "MPO": ".jpg"}   # MPO: a JPEG file with a second picture behind the first, as some cameras write it
 
@@ -173,7 +173,7 @@ def _folder_rows(root: Path, columns: Sequence[str], start: int, stop: int) -> I
     for row, (name, seed) in enumerate(_folder_items(root)[start:stop], start):
         try: yield row, _folder_values(root, name, seed, row)
         except DataError as e: yield row, e
-        except OSError as e: yield row, DataError(f"cannot read the edit: {e}", root, row)
+        except OSError as e: yield row, DataError(f"cannot read the edit: {e.strerror}", root, row)
 
 def _folder_head(root: Path) -> tuple[list[str], int, str]:
     items = _folder_items(root)

@@ -67,7 +67,7 @@ def read_records(
         if not isinstance(record, dict): raise DataError(f"expected an object, got {type(record).__name__}", path, row)
     return records
 
-# %% ../nbs/10_pairs.ipynb #3f642886
+# %% ../nbs/10_pairs.ipynb #1995360b
 def read_text_field(
     record: dict,      # one of `read_records`
     name: str,         # its key
@@ -97,7 +97,7 @@ def read_image_field(
     if not image.is_relative_to(base) and (root is not None or not Path(text).is_absolute()):
         raise DataError(f"{text!r} lies outside {str(base)!r}: pass a root that holds all images", path, row, name)
     try: found = image.is_file()
-    except (OSError, ValueError) as e: raise DataError(f"cannot look for the image {text!r}: {e}", path, row, name) from e
+    except OSError as e: raise DataError(f"cannot look for the image {text!r}: {e.strerror}", path, row, name) from e
     if not found: raise DataError(f"no such image: {text!r}", path, row, name)
     return image
 
