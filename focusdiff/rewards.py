@@ -55,7 +55,7 @@ def qa_reward(
     valid = torch.tensor([not isinstance(o, Failed) for o in outcomes], dtype=torch.bool)
     return torch.tensor([0.0 if isinstance(o, Failed) else o for o in outcomes], dtype=torch.float32), valid
 
-# %% ../nbs/12_rewards.ipynb #59b61dac
+# %% ../nbs/12_rewards.ipynb #bb2c6bfc
 _EARLIER: list = []   # what is being asked for, in order
 
 class Pending(Future):
@@ -98,6 +98,7 @@ class Pending(Future):
     def __enter__(self): return self
     def __exit__(self, *_): self.cancel()
 
+# %% ../nbs/12_rewards.ipynb #8bfe8154
 class Settled:
     "A reward that is there already."
     def __init__(
