@@ -197,7 +197,7 @@ def freeze_unused(
     for name, parameter in policy.named_parameters(): parameter.requires_grad_(".lora_" in name if adapted else not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #7c66f48c
+# %% ../nbs/21_grpo.ipynb #41572629
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -242,9 +242,9 @@ class GRPO(StepModule):
 
     def training_step(self, batch: list, batch_idx: int) -> Tensor | None:
         rows = self.sample(batch)
-        pending = submit_reward(self.judge, rows.images, rows.prompts)
-        logps = self.logps(rows)      # while a server judges
-        rewards, valid = (x.to(self.device) for x in pending.result())
+        with submit_reward(self.judge, rows.images, rows.prompts) as pending:
+            logps = self.logps(rows)      # while a server judges
+            rewards, valid = (x.to(self.device) for x in pending.result())
         advantages, counts = self.advantages(rows, rewards, valid)
         loss, kl = self.losses(rows, advantages, valid, logps)
         loss = loss * valid.float().mean()      # over all rows, so that micro-batches and devices with different numbers of masked rows add up to the whole batch
