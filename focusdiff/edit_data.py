@@ -46,7 +46,7 @@ def pick_columns(
         if name not in found: raise DataError(f"no such column; the file has {', '.join(found) or 'none'}: {how}", file, field=name)
     return fits[0]
 
-# %% ../nbs/14_edit_data.ipynb #951ee202
+# %% ../nbs/14_edit_data.ipynb #18176a61
 @dataclass(frozen=True)
 class EditRecord(EditPair):
     "One row of an editing set."
@@ -60,13 +60,14 @@ def confined_path(
     file: str | Path,    # for error messages
     row: int,            # for error messages
     field: str,          # for error messages
-) -> Path:               # an existing file below `root`
+    exists: bool = True, # False: the file may be still to write
+) -> Path:               # a file below `root`
     "Follow a path that somebody else wrote."
     pure, refuse = PurePosixPath(text), lambda why: DataError(f"{text!r} {why}", file, row, field)
     if pure.is_absolute() or ".." in pure.parts or "\0" in text: raise refuse("is no path below the folder of the set: paths start there and never leave it")
     path = Path(os.path.realpath(root / text))
     if not path.is_relative_to(os.path.realpath(root)): raise refuse("leads out of the folder of the set through a link")
-    if not path.is_file(): raise refuse("is no file in the folder of the set")
+    if exists and not path.is_file(): raise refuse("is no file in the folder of the set")
     return path
 
 def _image_field(values: dict, name: str, root: Path, file: Path, row: int) -> Path | bytes:
