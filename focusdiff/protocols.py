@@ -74,7 +74,7 @@ def readable(
         return True
     return [i for i in items if fits(i)] if hasattr(model, "prompt_ids") else list(items)
 
-# %% ../nbs/51_protocols.ipynb #b99e4354
+# %% ../nbs/51_protocols.ipynb #0a2a1b2c
 @dataclass
 class Graders:
     "Judges, detectors and scorers for all benchmarks."
@@ -95,6 +95,7 @@ class Graders:
 
 _NEEDS = dict(paircomp=("judges",), geneval=("detector", "colors"), t2i_compbench=("answerers", "detector", "metrics"), dpg=("answerers", "graphs"))   # the rest: metrics
 
+# %% ../nbs/51_protocols.ipynb #4bf0a8eb
 @lru_cache(maxsize=1)
 def _detector(name: str, device: Any) -> Any: return load_detector(name, device)   # the last one stays for the next benchmark
 
