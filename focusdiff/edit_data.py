@@ -61,7 +61,8 @@ def confined_path(
     file: str | Path,    # for error messages
     row: int,            # for error messages
     field: str,          # for error messages
-) -> Path:               # an existing file below `root`
+    exists: bool = True, # False: the file may be still to write
+) -> Path:               # a file below `root`
     "Follow a path that somebody else wrote."
     pure, refuse = PurePosixPath(text), lambda why: DataError(f"{text!r} {why}", file, row, field)
     if pure.is_absolute() or ".." in pure.parts or "\0" in text: raise refuse("is no path below the folder of the set: paths start there and never leave it")
@@ -70,7 +71,7 @@ def confined_path(
         inside, found = path.is_relative_to(os.path.realpath(root)), path.is_file()
     except (OSError, ValueError) as e: raise refuse(f"is no path that can be looked up: {getattr(e, 'strerror', None) or getattr(e, 'reason', e)}") from e    # too long, no characters, no permission
     if not inside: raise refuse("leads out of the folder of the set through a link")
-    if not found: raise refuse("is no file in the folder of the set")
+    if exists and not found: raise refuse("is no file in the folder of the set")
     return path
 
 def _image_field(values: dict, name: str, root: Path, file: Path, row: int) -> Path | bytes:
