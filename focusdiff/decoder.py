@@ -27,12 +27,13 @@ def check_llama(
     rope = config.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"): raise ConfigError(f"rotary embedding {rope!r} changes with the text's length: not supported")
 
-# %% ../nbs/19_decoder.ipynb #656ac671
+# %% ../nbs/19_decoder.ipynb #5f6e0c58
 class _Matrix:
     "The matrices of linear layers of one input as one, their adapters beside it."
     def __init__(self, *linears: nn.Module):
         weights = [linear.weight for linear in linears]
         self.weight, self.low = torch.cat(weights) if len(weights) > 1 else weights[0], low_rank(*linears)
+        self.turned = self.weight.t()
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:  # y and what the adapters make of x, in the dtype of y
         if self.low is None: return y
@@ -40,7 +41,7 @@ class _Matrix:
         return (y + F.linear(F.linear(x.to(a.dtype), a), b)).to(y.dtype)
 
     def __call__(self, x: Tensor) -> Tensor: return self.added(F.linear(x, self.weight), x)
-    def onto(self, y: Tensor, x: Tensor) -> Tensor: return self.added(torch.addmm(y, x, self.weight.t()), x)
+    def onto(self, y: Tensor, x: Tensor) -> Tensor: return self.added(torch.addmm(y, x, self.turned), x)
 
 # %% ../nbs/19_decoder.ipynb #0fcb9385
 class Decoder:
