@@ -11,8 +11,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-# %% ../nbs/19_decoder.ipynb #a53978e3
-from .adapters import weight_of
+# %% ../nbs/19_decoder.ipynb #015761a3
+from .adapters import low_rank
 from .core import ConfigError
 
 # %% ../nbs/19_decoder.ipynb #28a91487
@@ -27,7 +27,23 @@ def check_llama(
     rope = config.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"): raise ConfigError(f"rotary embedding {rope!r} changes with the text's length: not supported")
 
-# %% ../nbs/19_decoder.ipynb #654a52e9
+# %% ../nbs/19_decoder.ipynb #5f6e0c58
+class _Matrix:
+    "The matrices of linear layers of one input as one, their adapters beside it."
+    def __init__(self, *linears: nn.Module):
+        weights = [linear.weight for linear in linears]
+        self.weight, self.low = torch.cat(weights) if len(weights) > 1 else weights[0], low_rank(*linears)
+        self.turned = self.weight.t()
+
+    def added(self, y: Tensor, x: Tensor) -> Tensor:  # y and what the adapters make of x, in the dtype of y
+        if self.low is None: return y
+        a, b = self.low
+        return (y + F.linear(F.linear(x.to(a.dtype), a), b)).to(y.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor: return self.added(F.linear(x, self.weight), x)
+    def onto(self, y: Tensor, x: Tensor) -> Tensor: return self.added(torch.addmm(y, x, self.turned), x)
+
+# %% ../nbs/19_decoder.ipynb #0fcb9385
 class Decoder:
     "LLaMA blocks over fused copies of a language model's weights, with a fixed cache."
     def __init__(self, lm: nn.Module):  # `LlamaModel`
@@ -38,10 +54,8 @@ class Decoder:
         self.layers = []
         for layer in lm.layers:
             a, m = layer.self_attn, layer.mlp
-            qkv = torch.cat([weight_of(x) for x in (a.q_proj, a.k_proj, a.v_proj)])      # with their adapter, if they have one
-            gate_up = torch.cat([weight_of(x) for x in (m.gate_proj, m.up_proj)])
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            self.layers.append((*norms, qkv, weight_of(a.o_proj).t(), gate_up, weight_of(m.down_proj).t()))
+            self.layers.append((*norms, _Matrix(a.q_proj, a.k_proj, a.v_proj), _Matrix(a.o_proj), _Matrix(m.gate_proj, m.up_proj), _Matrix(m.down_proj)))
 
     def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
         "cos and sin, [row, 1, size] for one position a row; sin carries the sign of the rotated halves."
@@ -49,20 +63,20 @@ class Decoder:
         sin = torch.cat([-sin[..., : self.size // 2], sin[..., self.size // 2:]], -1)
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
-    def qkv(self, x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, norm: Tensor, qkv: _Matrix, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Rotated queries and keys, and values, each [..., head, size]; keys and values repeated for grouped queries."
-        y = F.linear(F.rms_norm(x, x.shape[-1:], norm, self.eps), weight).unflatten(-1, (-1, self.size))
+        y = qkv(F.rms_norm(x, x.shape[-1:], norm, self.eps)).unflatten(-1, (-1, self.size))
         qk, v = y.split([self.heads + self.kv_heads, self.kv_heads], -2)
         qk = torch.addcmul(qk * cos, qk.roll(self.size // 2, -1), sin)
         q, k = qk.split([self.heads, self.kv_heads], -2)
         repeat = self.heads // self.kv_heads
         return (q, k, v) if repeat == 1 else (q, k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2))
 
-    def finish(self, x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, out: _Matrix, norm: Tensor, gate_up: _Matrix, down: _Matrix) -> Tensor:
         "Output projection and SwiGLU, each added to the residual; x and attended are [row, width]."
-        x = torch.addmm(x, attended, out)
-        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm, self.eps), gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate) * up, down)
+        x = out.onto(x, attended)
+        gate, up = gate_up(F.rms_norm(x, x.shape[-1:], norm, self.eps)).chunk(2, -1)
+        return down.onto(x, F.silu(gate) * up)
 
 # %% ../nbs/19_decoder.ipynb #525cfa24
 @patch

@@ -196,7 +196,7 @@ def read_cache(
         else: scores[key] = score
     return scores, damaged
 
-# %% ../nbs/11_judge.ipynb #58122ea9
+# %% ../nbs/11_judge.ipynb #d6c57ad2
 class CachedJudge:
     "A judge that remembers, across runs and kills, in `folder`."
     def __init__(
@@ -206,6 +206,7 @@ class CachedJudge:
         chunk: int = 256,        # questions between two writes
     ):
         self.judge, self.id, self.name, self.chunk = judge, judge.id, getattr(judge, "name", judge.id), chunk
+        self.remote = getattr(judge, "remote", False)      # a server works in the background with a cache too (`12_rewards`)
         self.path = Path(folder) / (re.sub(r"[^\w.@-]+", "-", judge.id) + ".jsonl")
         self.scores, self.damaged = read_cache(self.path)
         self.hits = self.misses = 0

@@ -12,7 +12,8 @@ from typing import Any, Callable
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-# %% ../nbs/24_parallel.ipynb #b911e08d
+# %% ../nbs/24_parallel.ipynb #2fafdcd9
+from .adapters import lora_layers
 from .core import ConfigError
 
 # %% ../nbs/24_parallel.ipynb #f1e8644a
@@ -64,7 +65,7 @@ class _Launched:
 
 class Copies(_Launched, DDPStrategy): "Lightning's `ddp`: a whole copy a device."
 
-# %% ../nbs/24_parallel.ipynb #dd09a303
+# %% ../nbs/24_parallel.ipynb #3251dfe2
 class Shards(_Launched, ModelParallelStrategy):
     "Lightning's strategy for `fully_shard`, one shard of a policy's weights, gradients and Adam's state a device."
     def __init__(self, devices: int, dtype: torch.dtype | None = None):
@@ -74,7 +75,7 @@ class Shards(_Launched, ModelParallelStrategy):
     def shard(self, module: Any) -> None:
         "Cut the policy of a module; called by `configure_model`, and again by Lightning without effect."
         if self.policy is not None: return
-        if len({p.dtype for p in module.policy.parameters()}) > 1: raise ConfigError("fsdp shards weights of one dtype, and a LoRA in bf16 has two: it is small enough for 'ddp'")
+        if lora_layers(module.policy): raise ConfigError("a LoRA under 'fsdp' cannot be saved as a checkpoint: choose 'ddp', for which it is small enough")
         self.policy = module.policy
         _sharded(self.policy, self.device_mesh["data_parallel"], self.dtype)
         module.trained = [p for p in self.policy.parameters() if p.requires_grad]     # the shards took the places of the parameters

@@ -118,7 +118,7 @@ def _special_tokens(**ids: Any) -> tuple[int, ...]:  # bos, pad, begin of image
         if not isinstance(value, int): raise ConfigError(f"the checkpoint's generation_config gives no {name}")
     return tuple(ids.values())
 
-# %% ../nbs/20_policy.ipynb #4bc2abc3
+# %% ../nbs/20_policy.ipynb #d66ab096
 def load_policy(
     name: str | Path,                     # zoo name, local folder or hub id
     device: Any = None,                   # default: the first GPU, else the CPU
@@ -138,7 +138,7 @@ def save(
     self: JanusPolicy,
     path: str | Path,  # folder to write
 ) -> None:
-    "Write the checkpoint folder that `load_policy` reads; an adapter is merged into it."
+    "Write the checkpoint folder that `load_policy` reads; an adapter is merged into it, in fp32 even where the model is bf16: load it in fp32."
     with merged(self.model) as model: model.save_pretrained(path)
     self.processor.save_pretrained(path)
 

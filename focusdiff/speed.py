@@ -77,7 +77,7 @@ def pass_flops(
     linear = 2 * s.blocks * (prefixes * prefix + both * steps) + 2 * tokens * (both * s.mixer + rows * s.codes) + 2 * s.table
     return linear, 4 * s.layers * s.width * (prefixes * prefix**2 + both * (steps * prefix + steps * tokens // 2))
 
-# %% ../nbs/25_speed.ipynb #e8c83e0d
+# %% ../nbs/25_speed.ipynb #283dda0a
 def rollout_bytes(
     s: Sizes,
     rows: int,            # R, images
@@ -90,7 +90,7 @@ def rollout_bytes(
     "Least bytes that a roll-out reads: weights and cache at every step."
     both, steps = rows * (1 + guided), tokens - 1
     weights = s.blocks * steps + (s.mixer + s.codes) * tokens
-    cache = 2 * s.layers * s.kv * (both // group * prefix * steps + both * steps * tokens // 2)
+    cache = 2 * s.layers * s.kv * ((rows // group + guided) * prefix * steps + both * steps * tokens // 2)
     return wide * (weights + cache)
 
 # %% ../nbs/25_speed.ipynb #c29da72d
