@@ -4,8 +4,8 @@
 __all__ = ['UNKNOWN', 'FOCUSDIFF', 'SOFTREPA', 'REALIGNDIFF', 'DATA', 'PAPER', 'Entry', 'entries', 'find_entry', 'Found',
            'missing_files', 'size_on_disk', 'data_dir', 'cached_snapshot', 'locate']
 
-# %% ../nbs/08_catalogue.ipynb #8a056a18
-import importlib.util, json, os
+# %% ../nbs/08_catalogue.ipynb #c5b9aaa2
+import importlib.util, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,42 +29,45 @@ class Entry:
     optional: bool = False           # no notebook of scale `paper` stops without it
     note: str = ""                   # size, state, or what to watch
 
-# %% ../nbs/08_catalogue.ipynb #541e2c4a
-_MODEL, _PIPELINE = ("config.json", "*.safetensors"), ("model_index.json", "vae/*.safetensors", "text_encoder/*.safetensors")
-_UNET, _MMDIT = (*_PIPELINE, "unet/*.safetensors"), (*_PIPELINE, "transformer/*.safetensors", "text_encoder_3/*.safetensors")
+# %% ../nbs/08_catalogue.ipynb #56c1da98
+_MODEL, _PIPELINE = ("config.json", "*.safetensors"), ("model_index.json", "vae/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*")
+_WORDS, _SECOND = (*_MODEL, "tokenizer*"), ("text_encoder_2/*.safetensors", "tokenizer_2/*")
+_UNET, _MMDIT = (*_PIPELINE, "unet/*.safetensors"), (*_PIPELINE, *_SECOND, "transformer/*.safetensors", "text_encoder_3/*.safetensors", "tokenizer_3/*")
 _JANUS_LICENCE = "code MIT, weights under a model licence of their own"
 
 FOCUSDIFF = (
-    Entry("janus-pro-7b", "checkpoint", "deepseek-community/Janus-Pro-7B", "FocusDiff: 62_train_policy, 63_evaluate", _MODEL, 7, _JANUS_LICENCE),
+    Entry("janus-pro-7b", "checkpoint", "deepseek-community/Janus-Pro-7B", "FocusDiff: 62_train_policy, 63_evaluate", (*_WORDS, "*processor_config.json"), 7, _JANUS_LICENCE, "no"),
     Entry("internvl-judge", "server", "http://localhost:8000/v1#OpenGVLab/InternVL2_5-26B", "FocusDiff: reward in 62_train_policy, first judge in 63_evaluate, filters and captions in 61_build_pairs", parameters=26),
     Entry("qwen-vl-judge", "server", "http://localhost:8001/v1#Qwen/Qwen2.5-VL-7B-Instruct", "FocusDiff: second judge, of another family, in 63_evaluate", parameters=7),
-    Entry("janus-pro-1b", "checkpoint", "deepseek-community/Janus-Pro-1B", "FocusDiff: the 1B rows of Tables 1 and 2", _MODEL, 1, _JANUS_LICENCE, optional=True),
+    Entry("janus-pro-1b", "checkpoint", "deepseek-community/Janus-Pro-1B", "FocusDiff: the 1B rows of Tables 1 and 2", (*_WORDS, "*processor_config.json"), 1, _JANUS_LICENCE, "no", optional=True),
+    Entry("janus-focusdiff-7b", "checkpoint", "data/raw/janus-focusdiff-7b", "FocusDiff: the authors' policy, scored by 63_evaluate or focusdiff-benchmark", _WORDS, 7, optional=True, note="published as wendell0218/Janus-FocusDiff-7B in the original layout: convert it with focusdiff-convert-janus"),
     Entry("internvl-8b", "server", "http://localhost:8002/v1#OpenGVLab/InternVL2_5-8B", "FocusDiff: the caption checks of 61_build_pairs (Figure 8)", parameters=8, optional=True),
     Entry("qwen-vl-72b", "server", "http://localhost:8003/v1#Qwen/Qwen2.5-VL-72B-Instruct", "FocusDiff: the judge of the ICLR version's Table 6", parameters=72, optional=True),
 )
 SOFTREPA = (
-    Entry("sd15", "checkpoint", "stable-diffusion-v1-5/stable-diffusion-v1-5", "RealignDiff: 64_train_coarse, 65_paint; SoftREPA: 66_train_soft, 67_soft_generate, 72_soft_edit", _UNET, 0.85, note="denoiser only; the runwayml repository was deleted in 2024"),
-    Entry("sdxl", "checkpoint", "stabilityai/stable-diffusion-xl-base-1.0", "SoftREPA: 66_train_soft, 67_soft_generate", _UNET, note="the official code takes its VAE from madebyollin/sdxl-vae-fp16-fix"),
-    Entry("sd3", "checkpoint", "stabilityai/stable-diffusion-3-medium-diffusers", "SoftREPA: 66_train_soft, 67_soft_generate, 72_soft_edit", _MMDIT, 2, note="2 billion is the denoiser"),
+    Entry("sd15", "checkpoint", "stable-diffusion-v1-5/stable-diffusion-v1-5", "RealignDiff: 64_train_coarse, 65_paint; SoftREPA: 66_train_soft, 67_soft_generate, 72_soft_edit", _UNET, 0.85, "CreativeML OpenRAIL-M", "no", note="denoiser only; the runwayml repository was deleted in 2024"),
+    Entry("sdxl", "checkpoint", "stabilityai/stable-diffusion-xl-base-1.0", "SoftREPA: 66_train_soft, 67_soft_generate", (*_UNET, *_SECOND), 2.6, "CreativeML Open RAIL++-M", "no", note="denoiser only; the official code takes its VAE from madebyollin/sdxl-vae-fp16-fix"),
+    Entry("sd3", "checkpoint", "stabilityai/stable-diffusion-3-medium-diffusers", "SoftREPA: 66_train_soft, 67_soft_generate, 72_soft_edit", _MMDIT, 2, "Stability AI Community License", "yes", note="2 billion is the denoiser; accept its licence on the hub first"),
 )
 
-# %% ../nbs/08_catalogue.ipynb #ecba6690
+# %% ../nbs/08_catalogue.ipynb #3e661f8f
 REALIGNDIFF = (
-    Entry("blip2-captioner", "checkpoint", "Salesforce/blip2-opt-2.7b", "RealignDiff: 64_train_coarse, 65_paint", _MODEL, 3.7, note="about 7.5 GB in fp16"),
-    Entry("blip2-matcher", "checkpoint", "Salesforce/blip2-itm-vit-g", "RealignDiff: 64_train_coarse, 65_paint", _MODEL),
-    Entry("clip", "checkpoint", "openai/clip-vit-base-patch32", "RealignDiff: 64_train_coarse, 65_paint; SoftREPA: 67_soft_generate, 72_soft_edit", _MODEL),
+    Entry("blip2-captioner", "checkpoint", "Salesforce/blip2-opt-2.7b", "RealignDiff: 64_train_coarse, 65_paint", _WORDS, 3.7, "MIT", "no", note="about 7.5 GB in fp16"),
+    Entry("blip2-matcher", "checkpoint", "Salesforce/blip2-itm-vit-g", "RealignDiff: 64_train_coarse, 65_paint", _WORDS, licence="MIT", gated="no"),
+    Entry("clip", "checkpoint", "openai/clip-vit-base-patch32", "RealignDiff: 64_train_coarse, 65_paint; SoftREPA: 67_soft_generate, 72_soft_edit", _WORDS, 0.15, "MIT", "no"),
     Entry("negclip", "checkpoint", "data/raw/negclip", "RealignDiff: 65_paint", _MODEL, note="the ARO authors' ViT-B/32 (hub copy Nano1337/negclip, an open_clip file), converted to a CLIPModel with hidden_act quick_gelu"),
-    Entry("florence-2", "checkpoint", "florence-community/Florence-2-large", "RealignDiff: tags in 65_paint, in the place of RAM", _MODEL),
-    Entry("phrase-model", "checkpoint", "Qwen/Qwen2.5-7B-Instruct", "RealignDiff: local captions and scores in 65_paint, in the place of GPT-4", _MODEL, 7),
-    Entry("grounding-dino", "checkpoint", "IDEA-Research/grounding-dino-tiny", "RealignDiff: boxes in 65_paint; FocusDiff: boxes of GenEval in 63_evaluate", _MODEL, note="SwinT-OGC"),
-    Entry("sam", "checkpoint", "facebook/sam-vit-huge", "RealignDiff: masks in 65_paint", _MODEL),
+    Entry("florence-2", "checkpoint", "florence-community/Florence-2-large", "RealignDiff: tags in 65_paint, in the place of RAM", _WORDS, 0.8, "MIT", "no"),
+    Entry("phrase-model", "checkpoint", "Qwen/Qwen2.5-7B-Instruct", "RealignDiff: local captions and scores in 65_paint, in the place of GPT-4", _WORDS, 7.6, "Apache-2.0", "no"),
+    Entry("grounding-dino", "checkpoint", "IDEA-Research/grounding-dino-tiny", "RealignDiff: boxes in 65_paint; FocusDiff: boxes of GenEval in 63_evaluate", _WORDS, 0.17, "Apache-2.0", "no", note="SwinT-OGC"),
+    Entry("sam", "checkpoint", "facebook/sam-vit-huge", "RealignDiff: masks in 65_paint", _MODEL, 0.64, "Apache-2.0", "no"),
     Entry("promptist", "checkpoint", "microsoft/Promptist", "RealignDiff: the Promptist row of Table 1 (36_baselines)", ("config.json",), optional=True, note="weights come without a tokenizer"),
     Entry("gpt2-words", "checkpoint", "openai-community/gpt2", "RealignDiff: Promptist's tokenizer", ("tokenizer.json",), optional=True),
     Entry("imagereward", "package", "ImageReward", "RealignDiff: the ImageReward rows of Tables 1 and 3", licence="Apache-2.0", optional=True, note="package image-reward with transformers<4.55, so an environment of its own; weights THUDM/ImageReward"),
-    Entry("sam-hq", "checkpoint", "syscv-community/sam-hq-vit-base", "RealignDiff: other masks", _MODEL, optional=True, note="not read by a preset"),
-    Entry("sam2", "checkpoint", "facebook/sam2.1-hiera-tiny", "RealignDiff: other masks", _MODEL, optional=True, note="not read by a preset"),
-    Entry("sam3", "checkpoint", "facebook/sam3", "RealignDiff: detector and masks in one", _MODEL, gated="yes, unconfirmed", optional=True, note="does not load without torchvision; not read by a preset"),
-    Entry("clip-large", "checkpoint", "openai/clip-vit-large-patch14", "FocusDiff: colours of GenEval in 63_evaluate; RealignDiff: second CLIP column", _MODEL),
+    Entry("sam-hq", "checkpoint", "syscv-community/sam-hq-vit-base", "RealignDiff: other masks", _MODEL, licence="Apache-2.0", gated="no", optional=True, note="not read by a preset"),
+    Entry("owlv2", "checkpoint", "google/owlv2-base-patch16-ensemble", "RealignDiff and GenEval: other boxes", _WORDS, licence="Apache-2.0", gated="no", optional=True, note="not read by a preset"),
+    Entry("sam2", "checkpoint", "facebook/sam2.1-hiera-tiny", "RealignDiff: other masks", _MODEL, licence="Apache-2.0", gated="no", optional=True, note="not read by a preset"),
+    Entry("sam3", "checkpoint", "facebook/sam3", "RealignDiff: detector and masks in one", _MODEL, gated="yes, unconfirmed", optional=True, note="not read by a preset"),
+    Entry("clip-large", "checkpoint", "openai/clip-vit-large-patch14", "FocusDiff: colours of GenEval in 63_evaluate; RealignDiff: second CLIP column", _WORDS, 0.43, "MIT", "no"),
 )
 
 # %% ../nbs/08_catalogue.ipynb #41112b83
@@ -107,7 +110,7 @@ def find_entry(
         if e.name == name: return e
     raise ConfigError(f"nothing is called {name!r}: choose one of {', '.join(e.name for e in PAPER)}")
 
-# %% ../nbs/08_catalogue.ipynb #278bc46d
+# %% ../nbs/08_catalogue.ipynb #ce3231c9
 @dataclass(frozen=True)
 class Found:
     "Whether an entry is there."
@@ -116,17 +119,31 @@ class Found:
     missing: tuple[str, ...] = ()   # files
     bytes: int = 0    # on disk
 
+def _shards(index: Path) -> list[str]:   # that an index names; none where it cannot be read
+    try: return list(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return []
+
+def _whole(file: Path) -> bool:   # a safetensors file as long as its header says
+    try:
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(min(size, 10**8)))
+        return file.stat().st_size == 8 + size + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError): return False
+
 def missing_files(
     folder: Path,                # that should hold them
     patterns: tuple[str, ...],   # of `Entry.files`
 ) -> tuple[str, ...]:            # patterns without a match, and shards that an index names
     "What a folder lacks."
-    lost = [p for p in patterns if not any(f.exists() for f in folder.glob(p))]
-    for index in folder.rglob("*.safetensors.index.json"):
-        if ".fp16." in index.name or not index.exists(): continue
-        shards = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
-        lost += [str((index.parent / s).relative_to(folder)) for s in shards if not (index.parent / s).exists()]
-    return tuple(lost)
+    usual = lambda f: f.exists() and not {".fp16", ".bf16"} & set(Path(f.name.removesuffix(".index.json")).suffixes)   # a variant is not what is loaded
+    lost = [p for p in patterns if not any(map(usual, folder.glob(p)))]
+    if not any(p.endswith(".safetensors") for p in patterns): return tuple(lost)      # no checkpoint
+    wanted = {index.parent / shard for index in filter(usual, folder.rglob("*.safetensors.index.json")) for shard in _shards(index) or [f"{index.name} (damaged)"]}
+    for f in filter(usual, folder.rglob("*.safetensors")):
+        if part := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.safetensors)", f.name): wanted |= {f.with_name(f"{part[1]}-{i + 1:05d}-of-{part[2]}{part[3]}") for i in range(int(part[2]))}
+        if not _whole(f): wanted.add(f.with_name(f"{f.name} (damaged)"))
+    return (*lost, *sorted(str(f.relative_to(folder)) for f in wanted if not f.exists()))
 
 def size_on_disk(
     folder: Path,                          # or a file
@@ -160,13 +177,14 @@ def _locate_checkpoint(e: Entry) -> Found:
     lost = missing_files(path, e.files)
     return Found(not lost, str(path), lost, size_on_disk(path))
 
-# %% ../nbs/08_catalogue.ipynb #2e7b5b0b
+# %% ../nbs/08_catalogue.ipynb #d0cb5dc6
 def _locate_server(e: Entry, timeout: float = 1.0) -> Found:
+    from http.client import HTTPException
     from urllib.request import ProxyHandler, build_opener
     url, _, model = e.source.partition("#")
     try:
         with build_opener(ProxyHandler({})).open(f"{url}/models", timeout=timeout) as reply: offered = [m["id"] for m in json.load(reply)["data"]]
-    except (OSError, ValueError, KeyError, TypeError): return Found(False, f"{url}, which does not answer", (model,))
+    except (OSError, HTTPException, ValueError, KeyError, TypeError): return Found(False, f"{url}, which does not answer", (model,))
     return Found(model in offered, url if model in offered else f"{url}, which offers {', '.join(offered) or 'nothing'}", () if model in offered else (model,))
 
 def _locate_zoo(e: Entry) -> Found:

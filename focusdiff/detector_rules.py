@@ -4,17 +4,17 @@
 __all__ = ['PLACES', 'NUMBERS', 'read_place', 'place_score', 'spatial_score', 'read_numbers', 'numeracy_score',
            'compbench_box_scores', 'SceneDetector', 'SceneColors', 'load_detector']
 
-# %% ../nbs/29_detector_rules.ipynb #867a232a
-import re, tempfile
+# %% ../nbs/29_detector_rules.ipynb #59a92e42
+import math, re, tempfile
 from pathlib import Path
 from typing import Any, Iterable
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/29_detector_rules.ipynb #028c7e8b
+# %% ../nbs/29_detector_rules.ipynb #a6160bc1
 from . import scenes as world
 from .core import DataError
-from .official_rules import Box, Corners, Detector, GroundingDetector, box_overlap, build_tiny_detector
+from .official_rules import Box, Corners, Detector, FailedJudgement, GroundingDetector, box_overlap, build_tiny_detector, finite_boxes
 from .phrases import lemma
 
 # %% ../nbs/29_detector_rules.ipynb #19389db2
@@ -84,7 +84,7 @@ def numeracy_score(
     seen = [sum(b.name == name for b in boxes) for name, _ in wanted]
     return sum((n > 0) + (n == count) for n, (_, count) in zip(seen, wanted)) / (2 * len(wanted))
 
-# %% ../nbs/29_detector_rules.ipynb #1a3c6c3d
+# %% ../nbs/29_detector_rules.ipynb #c4899af9
 def _asked(item: Any) -> tuple[list[str], Any]:   # names for the detector, what is wanted
     if item.category == "spatial":
         wanted = read_place(item.prompt)
@@ -99,18 +99,20 @@ def compbench_box_scores(
     detector: Detector,        # any
     threshold: float = 0.3,    # confidence that a box must exceed
     model: str = "",           # for the tables
-) -> pd.DataFrame:             # a row a picture
+) -> pd.DataFrame:             # a row a picture; NaN where the detector failed
     "T2I-CompBench's places and numbers on the boxes of `detector`."
     rows = []
     for item, images in pictures:
         names, wanted = _asked(item)
         for z, (image, boxes) in enumerate(zip(images, detector.detect(images, [names] * len(images)), strict=True)):
-            kept = [b for b in boxes if b.score > threshold]
-            score = spatial_score(kept, wanted, max(image.shape[:2])) if item.category == "spatial" else numeracy_score(kept, wanted)
+            try:
+                kept = [b for b in finite_boxes(boxes) if b.score > threshold]
+                score = spatial_score(kept, wanted, max(image.shape[:2])) if item.category == "spatial" else numeracy_score(kept, wanted)
+            except FailedJudgement: score = math.nan
             rows.append(dict(case=item.index, prompt_idx=0, image_idx=z, target="own", category=item.category, score=score))
     return pd.DataFrame(rows).assign(benchmark="t2i_compbench", model=model, judge=f"T2I-CompBench rules, boxes of {detector.id}")
 
-# %% ../nbs/29_detector_rules.ipynb #a6b571f9
+# %% ../nbs/29_detector_rules.ipynb #5977cfad
 _KINDS = dict(shape=world.SHAPES, color=world.COLORS, size=world.SIZES, fill=world.FILLS)
 
 def _noun(name: str) -> world.Noun | None:   # None: no thing of the scene world
@@ -142,7 +144,7 @@ class SceneColors:
         return [world.THING_KINDS[cells[i]][1] if 0 <= cells[i] < world.N_THINGS else "none" for i in index]
 
 def load_detector(
-    name: str,            # "scene", "untrained" (a tiny GroundingDINO of random weights), or a GroundingDINO by zoo name, folder or hub id
+    name: str,            # "scene", "untrained" (a tiny GroundingDINO of random weights), or a GroundingDINO or OWLv2 by zoo name, folder or hub id
     device: Any = None,   # default: the first GPU, else the CPU
 ) -> Detector:
     "From a name to a detector."

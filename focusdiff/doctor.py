@@ -112,7 +112,7 @@ def cost_of(
     "What a notebook takes."
     return next(c for c in costs() if notebook.startswith(c.job))
 
-# %% ../nbs/18_doctor.ipynb #9dd29c2e
+# %% ../nbs/18_doctor.ipynb #f7f92369
 @dataclass(frozen=True)
 class Machine:
     "What this machine has."
@@ -129,7 +129,10 @@ def visible_gpus(
     except (OSError, subprocess.SubprocessError): return ()
     found = [(name.strip(), float(mib) * 2**20 / 1e9) for name, _, mib in (line.rpartition(",") for line in said.splitlines() if line.strip()) if mib.strip().isdigit()]
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(found if shown is None else [found[int(i)] for i in shown.split(",") if i.strip().isdigit() and int(i) < len(found)])
+    if shown is None: return tuple(found)
+    named = [i.strip() for i in shown.split(",")]
+    if named[0].startswith(("GPU-", "MIG-")): return tuple(found[:len(named)])     # by their ids: as many as are named
+    return tuple(found[int(i)] for i in named if i.isdigit() and int(i) < len(found))
 
 def this_machine() -> Machine:
     "Look at this machine."

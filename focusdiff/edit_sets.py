@@ -12,9 +12,10 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-# %% ../nbs/47_edit_sets.ipynb #f8bf902f
+# %% ../nbs/47_edit_sets.ipynb #32c7a4e9
 from . import scenes as world
 from .core import ConfigError, DataError, derive_seed
+from .edit_data import confined_path
 from .edits import apply_edit, parallel_facts, propose_edit, say_both
 from .pairs import open_image
 from .scenes import CELL, GRID, N_LETTERS, N_THINGS, STYLES, TONES, Scene
@@ -119,7 +120,7 @@ def cat2dog_scenes(
 
 EDIT_SETS = {"pie-scenes": pie_scenes, "div2k-scenes": div2k_scenes, "cat2dog-scenes": cat2dog_scenes}
 
-# %% ../nbs/47_edit_sets.ipynb #e17cb3cf
+# %% ../nbs/47_edit_sets.ipynb #3b8a451a
 def _unroll(runs: list[int], side: int = 512) -> np.ndarray:   # bool [side, side]
     flat = np.zeros(side * side, bool)
     for start, length in zip(runs[::2], runs[1::2]): flat[start:start + length] = True
@@ -139,7 +140,7 @@ def read_pie_bench(
     for row, record in enumerate(data.values()):
         for key in ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "mask"):
             if key not in record: raise DataError(f"missing key; this record has {', '.join(record)}", file=file, row=row, field=key)
-        image = np.asarray(open_image(Path(folder)/"annotation_images"/record["image_path"], file, row, "image_path"))
+        image = np.asarray(open_image(confined_path(Path(folder)/"annotation_images", record["image_path"], file, row, "image_path"), file, row, "image_path"))
         source, target = (record[k].replace("[", "").replace("]", "") for k in ("original_prompt", "editing_prompt"))
         items.append(EditItem(row, names[int(record["editing_type_id"])], source, target, image, _unroll(record["mask"])))
     return items

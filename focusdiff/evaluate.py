@@ -33,7 +33,7 @@ class SceneRenderer:
         images = render([scene_from_facts(caption_facts(p), rng) for p, rng in rngs])
         return images.reshape(len(prompts), n, *images.shape[1:])
 
-# %% ../nbs/50_evaluate.ipynb #a43fbcf9
+# %% ../nbs/50_evaluate.ipynb #8ba44cc8
 def _digest(*parts: Any) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _claim(folder: Path, plan: dict) -> None:  # make the folder ours, or find that it is somebody else's
@@ -42,7 +42,8 @@ def _claim(folder: Path, plan: dict) -> None:  # make the folder ours, or find t
     was = json.loads(file.read_text())
     for key in plan:
         if was.get(key) == plan[key]: continue
-        raise ConfigError(f"{folder} holds an evaluation with {key} {was.get(key)!r}, now {plan[key]!r}: use another folder or delete it")
+        what = "of other prompts (another file, or another part of it)" if key == "items" else f"with {key} {was.get(key)!r}, now {plan[key]!r}"
+        raise ConfigError(f"{folder} holds an evaluation {what}: use another folder (--out) or delete it")
 
 def _image_file(folder: Path, start: int) -> Path: return folder / f"images-{start:06d}.npy"
 

@@ -242,9 +242,9 @@ class GRPO(StepModule):
 
     def training_step(self, batch: list, batch_idx: int) -> Tensor:
         rows = self.sample(batch)
-        pending = submit_reward(self.judge, rows.images, rows.prompts)
-        logps = self.logps(rows)      # while a server judges
-        rewards, valid = (x.to(self.device) for x in pending.result())
+        with submit_reward(self.judge, rows.images, rows.prompts) as pending:
+            logps = self.logps(rows)      # while a server judges
+            rewards, valid = (x.to(self.device) for x in pending.result())
         advantages, counts = self.advantages(rows, rewards, valid)
         loss, kl = self.losses(rows, advantages, valid, logps)
         loss = loss * valid.float().mean()      # over all rows, so that micro-batches and devices with different numbers of masked rows add up to the whole batch

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 
-# %% ../nbs/16_official.ipynb #501c8f23
+# %% ../nbs/16_official.ipynb #92578802
 from .core import ConfigError, DataError, write_atomic
+from .edit_data import confined_path
 from .pairs import open_image
 
-# %% ../nbs/16_official.ipynb #61424ae4
+# %% ../nbs/16_official.ipynb #288f4ed8
 LAYOUTS = dict(geneval=4, paircomp=2, t2i_compbench=10, dpg=4, pie_bench=1, abc6k=1, cc500=1, coco=1)   # pictures a prompt, as published numbers use
 _LINES = ("abc6k", "cc500", "coco")   # named by line
 
@@ -47,6 +48,9 @@ def official_files(
                 **dict.fromkeys(_LINES, lambda i, row, z: f"{i.index:05d}_{z}.png"))[layout]
     return [[name(i, row, z) for z in range(1 if layout == "dpg" else n)] for row, i in enumerate(items)]
 
+def _place(layout: str, folder: Path, name: str, item: Any) -> Path:   # folder/name; a prompt file must not name files elsewhere
+    return confined_path(folder, name, folder, item.index, dict(dpg="item_id", pie_bench="image_path").get(layout, "prompt"), exists=False)
+
 # %% ../nbs/16_official.ipynb #8038418d
 def join_grid(
     images: np.ndarray,  # uint8 [1 or 4, height, width, 3]
@@ -67,7 +71,7 @@ def split_grid(
     h, w = grid.shape[0] // 2, grid.shape[1] // 2
     return [grid[y : y + h, x : x + w] for y in (0, h) for x in (0, w)]
 
-# %% ../nbs/16_official.ipynb #17424193
+# %% ../nbs/16_official.ipynb #ab0532e6
 def _png(image: np.ndarray, name: str = "") -> bytes:   # uint8 [height, width, 3]; JPEG where the official name is .jpg
     from PIL import Image
     buffer = io.BytesIO()
@@ -91,11 +95,11 @@ def write_official(
         if row.dtype != np.uint8 or row.ndim != 4 or row.shape[3] != 3 or len(row) != count:
             raise DataError(f"pictures of one prompt are {row.dtype} {list(row.shape)}: expected uint8 [{count}, height, width, 3]", row=item.index)
         pictures = [join_grid(row)] if layout == "dpg" else row
-        for name, picture in zip(names, pictures, strict=True): write_atomic(folder / name, _png(picture, name))
+        for name, picture in zip(names, pictures, strict=True): write_atomic(_place(layout, folder, name, item), _png(picture, name))
         if layout == "geneval": write_atomic(folder / f"{item.index:05d}/metadata.jsonl", json.dumps(_record(item)))
     return folder
 
-# %% ../nbs/16_official.ipynb #98c2a7c7
+# %% ../nbs/16_official.ipynb #ce2e79a3
 def _numbered(files: Iterable[Path]) -> list[Path]: return sorted(files, key=lambda f: (int(re.search(r"(\d+)\.png$", f.name)[1]), f.name))
 
 def _grouped(folder: Path) -> dict[str, list[Path]]:   # files by what stands before their last number
@@ -105,8 +109,7 @@ def _grouped(folder: Path) -> dict[str, list[Path]]:   # files by what stands be
 
 def _seen(layout: str, folder: Path, items: Sequence[Any], n: int) -> list[list[Path]]:   # what is there, by prompt
     if layout == "geneval": return [_numbered(f for f in (folder / f"{i.index:05d}/samples").glob("*.png") if f.stem.isdigit()) for i in items]
-    if layout == "dpg": return [[f for f in (folder / f"{i.meta['item_id']}.png",) if f.is_file()] for i in items]
-    if layout == "pie_bench": return [[f for f in (folder / f"annotation_images/{i.meta['image_path']}",) if f.is_file()] for i in items]
+    if layout in ("dpg", "pie_bench"): return [[f for name in row if (f := _place(layout, folder, name, i)).is_file()] for i, row in zip(items, official_files(layout, items))]
     if layout == "paircomp" or layout in _LINES:
         groups = _grouped(folder)
         return [groups.get(f"{i.index:05d}" if layout in _LINES else f"{i.meta['case']}_{i.meta['prompt_idx']}", []) for i in items]

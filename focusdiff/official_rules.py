@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['Corners', 'GENEVAL_COLORS', 'COLOR_TEMPLATES', 'DPG_COLUMNS', 'Box', 'Detector', 'GenEvalRules', 'box_overlap',
-           'keep_objects', 'relative_position', 'cut_out', 'ClipColors', 'check_objects', 'geneval_scores',
-           'GroundingDetector', 'build_tiny_detector', 'spacy_chunks', 'phrase_questions', 'compbench_scores',
-           'Proposition', 'read_dpg_questions', 'holding', 'dpg_answers', 'dpg_scores', 'dpg_categories']
+           'FailedJudgement', 'finite_boxes', 'keep_objects', 'relative_position', 'cut_out', 'ClipColors',
+           'check_objects', 'geneval_scores', 'owl_outputs', 'GroundingDetector', 'build_tiny_detector', 'spacy_chunks',
+           'chunks_name', 'phrase_questions', 'compbench_scores', 'Proposition', 'read_dpg_questions', 'holding',
+           'dpg_answers', 'dpg_scores', 'dpg_categories']
 
 # %% ../nbs/17_official_rules.ipynb #c84c54d1
 import csv, math
@@ -18,7 +19,7 @@ import pandas as pd
 from .core import ConfigError, DataError, pick_device
 from .zoo import load_whole, resolve
 
-# %% ../nbs/17_official_rules.ipynb #0f2815a2
+# %% ../nbs/17_official_rules.ipynb #48050050
 Corners = tuple[float | int, float | int, float | int, float | int]   # x0, y0, x1, y1 in pixels
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ def box_overlap(
     union = area(*a) + area(*b) - common
     return common / union if union else 0.0
 
+class FailedJudgement(Exception): "A detector or a colour model gave no finite number: the picture has no score."
+
+def finite_boxes(
+    boxes: list[Box],    # of one picture
+) -> list[Box]:          # the same
+    "Boxes that can be judged, or a `FailedJudgement`."
+    if not np.isfinite([[b.score, *b.corners] for b in boxes]).all(): raise FailedJudgement("the detector failed: a box or its confidence is not finite")
+    return boxes
+
 def keep_objects(
     boxes: list[Box],                       # of one picture
     tag: str,                               # task
@@ -83,7 +93,7 @@ def relative_position(
     dx, dy = rest / np.linalg.norm(offset)
     return {word for word, holds in (("left of", dx < -0.5), ("right of", dx > 0.5), ("above", dy < -0.5), ("below", dy > 0.5)) if holds}
 
-# %% ../nbs/17_official_rules.ipynb #7e1d1d56
+# %% ../nbs/17_official_rules.ipynb #b8f79111
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
@@ -114,13 +124,14 @@ class ClipColors:
             self.known[name] = normalize(normalize(rows, dim=-1).reshape(len(GENEVAL_COLORS), len(COLOR_TEMPLATES), -1).mean(1), dim=-1)
         return self.known[name]
 
-    def __call__(self, image: np.ndarray, boxes: list[Box], name: str) -> list[str]:   # a colour a box
+    def __call__(self, image: np.ndarray, boxes: list[Box], name: str) -> list[str | None]:   # a colour a box; None: failed
         import torch
         with torch.no_grad():
             views = [torch.from_numpy(cut_out(image, b).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for b in boxes]
-            return [GENEVAL_COLORS[int((self.directions(name) @ self.scorer.embed_images(v)[0]).argmax())] for v in views]
+            near = [self.directions(name) @ self.scorer.embed_images(v)[0] for v in views]
+        return [GENEVAL_COLORS[int(n.argmax())] if n.isfinite().all() else None for n in near]
 
-# %% ../nbs/17_official_rules.ipynb #4479694e
+# %% ../nbs/17_official_rules.ipynb #b63bf2f0
 def check_objects(
     image: np.ndarray,                # uint8 [height, width, 3]
     found: dict[str, list[Box]],      # of `keep_objects`
@@ -138,6 +149,7 @@ def check_objects(
         elif "color" in want:
             if colors is None: raise ConfigError("this prompt asks for a colour: pass colors, such as ClipColors(scorer)")
             seen = colors(image, boxes, name)
+            if None in seen: raise FailedJudgement(f"the colour model failed on {name}")
             if seen.count(want["color"]) < count: wrong.append(f"expected {want['color']} {name}>={count}, found {seen.count(want['color'])} among {', '.join(seen)}")
         if "position" in want and len(wrong) == before:
             relation, other = want["position"]
@@ -148,7 +160,7 @@ def check_objects(
         if len(found.get(no["class"], [])) >= no["count"]: wrong.append(f"expected {no['class']}<{no['count']}, found {len(found[no['class']])}")
     return wrong
 
-# %% ../nbs/17_official_rules.ipynb #d146ba69
+# %% ../nbs/17_official_rules.ipynb #faae6d5d
 def _row(item: Any, z: int, score: float, **more: Any) -> dict:
     return dict(case=item.index, prompt_idx=0, image_idx=z, target="own", category=item.category, score=score, **more)
 
@@ -158,27 +170,44 @@ def geneval_scores(
     colors: Callable | None = None,                     # of `check_objects`, with an `id`
     rules: GenEvalRules = GenEvalRules(),
     model: str = "",                                    # for the tables
-) -> pd.DataFrame:   # a row a picture: score 1 or 0, and in `reason` what is wrong
+) -> pd.DataFrame:   # a row a picture: score 1 or 0, NaN where a model failed, and in `reason` what is wrong
     "GenEval by the official rules on the boxes of `detector`."
     rows = []
     for item, images in pictures:
         include, exclude = item.meta["include"], item.meta.get("exclude", [])
         names = list(dict.fromkeys(r["class"] for r in [*include, *exclude]))
         for z, (image, boxes) in enumerate(zip(images, detector.detect(images, [names] * len(images)), strict=True)):
-            wrong = check_objects(image, keep_objects(boxes, item.category, rules), include, exclude, colors, rules.margin)
-            rows.append(_row(item, z, float(not wrong), reason="; ".join(wrong)))
-    judge = f"GenEval rules, boxes of {detector.id}" + (f", colours of {colors.id}" if hasattr(colors, "id") else "")
+            try:
+                wrong = check_objects(image, keep_objects(finite_boxes(boxes), item.category, rules), include, exclude, colors, rules.margin)
+                rows.append(_row(item, z, float(not wrong), reason="; ".join(wrong)))
+            except FailedJudgement as e: rows.append(_row(item, z, math.nan, reason=str(e)))
+    judge = f"GenEval rules (counting above {rules.counting_threshold:g}), boxes of {detector.id}" + (f", colours of {colors.id}" if hasattr(colors, "id") else "")
     return pd.DataFrame(rows).assign(benchmark="geneval", model=model, judge=judge)
 
-# %% ../nbs/17_official_rules.ipynb #d45ede63
+# %% ../nbs/17_official_rules.ipynb #3dabf1d7
+def owl_outputs(
+    model: Any,          # an OWLv2
+    processor: Any,      # its own
+    picture: Any,        # PIL
+    names: list[str],    # things
+) -> Any:                # raw outputs, a row a name; boxes are of the squared picture
+    "Look for every name by itself, so that names do not compete."
+    from PIL import Image
+    longest, side = max(picture.size), processor.image_processor.size["height"]
+    square = Image.new("RGB", (longest, longest))
+    square.paste(picture)
+    square = square.resize((side, side), Image.Resampling.BILINEAR)
+    batch = processor(images=[square] * len(names), text=[[f"a photo of a {n.lower()}"] for n in names], padding="max_length", truncation=True, do_pad=False, do_resize=False, return_tensors="pt")
+    return model(**batch.to(model.device, model.dtype))
+
 class GroundingDetector:
-    "Boxes of GroundingDINO."
+    "Boxes of GroundingDINO or OWLv2; a box of confidence NaN: the model failed."
     def __init__(
         self,
         name: str = "IDEA-Research/grounding-dino-tiny",   # zoo name, folder or hub id
         device: Any = None,                                # default: the first GPU, else the CPU
         box_threshold: float = 0.25,                       # below this nothing is returned
-        text_threshold: float = 0.25,                      # of a token, to name a box
+        text_threshold: float = 0.25,                      # of a token, to name a box; GroundingDINO only
     ):
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
         self.id, path = name, resolve(name)
@@ -191,8 +220,13 @@ class GroundingDetector:
 
     def _one(self, image: np.ndarray, names: list[str]) -> list[Box]:
         from PIL import Image
-        batch = self.processor(images=[Image.fromarray(image)] * len(names), text=[f"{n.lower()}." for n in names], padding=True, return_tensors="pt").to(self.model.device)
-        found = self.processor.post_process_grounded_object_detection(self.model(**batch), batch["input_ids"], target_sizes=[image.shape[:2]] * len(names), **self.thresholds)
+        picture, kept = Image.fromarray(image), self.thresholds
+        if self.model.config.model_type == "owlv2": out, kept = owl_outputs(self.model, self.processor, picture, names), dict(threshold=kept["threshold"])
+        else:
+            batch = self.processor(images=[picture] * len(names), text=[f"{n.lower()}." for n in names], padding=True, return_tensors="pt").to(self.model.device)
+            out, kept = self.model(**batch), dict(kept, input_ids=batch["input_ids"])
+        if out.logits.isnan().any() or out.pred_boxes.isnan().any(): return [Box(n, (0, 0, *picture.size), math.nan) for n in names]
+        found = self.processor.post_process_grounded_object_detection(out, target_sizes=[image.shape[:2]] * len(names), **kept)
         return [Box(n, tuple(b), s) for n, f in zip(names, found) for b, s in zip(f["boxes"].tolist(), f["scores"].tolist()) if round(b[0]) < round(b[2]) and round(b[1]) < round(b[3])]
 
 # %% ../nbs/17_official_rules.ipynb #cd8a6ef2
@@ -216,7 +250,7 @@ def build_tiny_detector(
         GroundingDinoForObjectDetection(config).save_pretrained(folder)
     GroundingDinoProcessor(GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 128}), tokenizer).save_pretrained(folder)
 
-# %% ../nbs/17_official_rules.ipynb #26885904
+# %% ../nbs/17_official_rules.ipynb #b398f403
 _PLACES = ("top", "the side", "the left", "the right")
 
 def spacy_chunks(
@@ -227,7 +261,15 @@ def spacy_chunks(
         import spacy
         read = spacy.load(model)
     except (ImportError, OSError) as e: raise ConfigError(f"noun phrases by spaCy need the package spacy and its model {model} ({e}); `noun_chunks` of focusdiff.phrases needs neither, and is not the official splitter") from e
-    return lambda text: [c.text for c in read(text).noun_chunks]
+    def split(text): return [c.text for c in read(text).noun_chunks]
+    split.id = f"spaCy {model}"
+    return split
+
+def chunks_name(
+    chunks: Callable,   # text -> noun phrases, perhaps with an `id`
+) -> str:
+    "How tables name a splitter of phrases."
+    return getattr(chunks, "id", None) or getattr(chunks, "__name__", type(chunks).__name__)
 
 def phrase_questions(
     prompt: str,        # of T2I-CompBench
@@ -240,7 +282,7 @@ def phrase_questions(
 def _answers(judge: Any, image: np.ndarray, questions: list[str]) -> np.ndarray:   # [question], NaN: failed
     got = judge.score([image] * len(questions), questions)
     if len(got) != len(questions): raise DataError(f"judge {judge.id} gave {len(got)} answers to {len(questions)} questions")
-    return np.array([math.nan if a is None else a for a in got], float)
+    return np.array([math.nan if a is None or not math.isfinite(a) else a for a in got], float)
 
 def compbench_scores(
     pictures: Iterable[tuple[Any, list[np.ndarray]]],   # (prompt, its pictures), of `read_official`
@@ -254,7 +296,7 @@ def compbench_scores(
         questions = phrase_questions(item.prompt, chunks)
         for z, image in enumerate(images):
             rows.append(_row(item, z, float(_answers(judge, image, questions).prod()) if questions else math.nan, questions=len(questions)))
-    return pd.DataFrame(rows).assign(benchmark="t2i_compbench", model=model, judge=f"BLIP-VQA protocol, answers of {judge.id}")
+    return pd.DataFrame(rows).assign(benchmark="t2i_compbench", model=model, judge=f"BLIP-VQA protocol, phrases of {chunks_name(chunks)}, answers of {judge.id}")
 
 # %% ../nbs/17_official_rules.ipynb #6bd9d237
 DPG_COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed", "tuple", "question_natural_language")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 import numpy as np
 
-# %% ../nbs/54_official_run.ipynb #0d81733c
+# %% ../nbs/54_official_run.ipynb #6f954bb0
 from .benchmarks import Item
 from .cli import _parser, run_command
 from .core import ConfigError, DataError, progress, write_atomic
 from .evaluate import Model, generate_images
 from .official import LAYOUTS, Card, save_card
-from .protocols import Graders, dpg_questions, load_graders, official_card, official_file, official_items, official_table, read_pictures, readable, score_official, write_pictures
+from .protocols import Graders, dpg_questions, load_graders, official_card, official_file, official_items, official_table, read_pictures, readable, score_official, who_looks, write_pictures
 from .results import Scores
 
 # %% ../nbs/54_official_run.ipynb #b89e3d28
@@ -94,7 +94,7 @@ def score_folder_officially(
     write_atomic(Path(out) / "table.md", outcome.text() + "\n")
     return outcome
 
-# %% ../nbs/54_official_run.ipynb #15401451
+# %% ../nbs/54_official_run.ipynb #21666691
 def _benchmark_parser() -> argparse.ArgumentParser:
     p = _parser("focusdiff-benchmark", "Draw and score an official benchmark by its own rules, or score a folder in its official layout.", """\
   focusdiff-benchmark all --every 100 --n 1 --out out/official
@@ -106,7 +106,9 @@ prompt files are looked for in the folder that FOCUSDIFF_BENCHMARKS names, else 
     p.add_argument("folder", nargs="?", metavar="FOLDER", help="pictures in the official layout, made by any model; of T2I-CompBench with a folder below it for each set (default: draw them)")
     p.add_argument("--model", default="tiny-janus", help="who draws: zoo name, checkpoint folder, or hub id; with FOLDER a name for the table")
     p.add_argument("--judge", action="append", metavar="JUDGE", help="who answers questions; repeat for several (default: tiny-llava)")
-    p.add_argument("--detector", default="untrained", help="who finds boxes: scene, untrained, or a GroundingDINO")
+    p.add_argument("--detector", default="untrained", help="who finds boxes: scene, untrained, or a GroundingDINO or OWLv2")
+    p.add_argument("--counting-threshold", type=float, default=0.9, metavar="X", help="confidence that a box must exceed to be counted in GenEval (default: 0.9, chosen for the official detector)")
+    p.add_argument("--chunks", default="rules", choices=["rules", "spacy"], help="who splits T2I-CompBench's prompts into noun phrases; official: spacy")
     p.add_argument("--clip", default="tiny-clip", help="CLIP for colours and similarities; official for colours: openai/clip-vit-large-patch14")
     p.add_argument("--questions", metavar="FILE", help="dpg_bench.csv (default: dpg/dpg_bench.csv beside the prompts, else questions made by rules)")
     p.add_argument("--prompts", metavar="PATH", help="the official prompt file or folder, such as captions_val2017.json for coco (default: looked up)")
@@ -124,7 +126,7 @@ def _there(name: str) -> bool:
         print(f"skipped: {e}\n")
         return False
 
-# %% ../nbs/54_official_run.ipynb #16befd88
+# %% ../nbs/54_official_run.ipynb #5b58e07a
 def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> None:
     whole = official_items(name, args.prompts, complete=not args.part)
     print(f"## {count_line(name, whole)}\n", flush=True)
@@ -137,9 +139,11 @@ def _one(name: str, args: argparse.Namespace, policy: Any, identity: str) -> Non
         print(f"sets in {args.folder}: {', '.join(sets)}\n")
         items = [i for i in items if i.category in sets]
     n, out = 1 if name == "pie_bench" else 4 if name == "dpg" and args.n and args.n > 1 else args.n, Path(args.out) / name
+    judges, asked = args.judge or ["tiny-llava"], who_looks(name, {i.category for i in items})
+    who = load_graders(name, judges, args.detector, args.clip, out / "judged", args.questions or (None if dpg_questions().is_file() else "rules"), args.chunks, args.counting_threshold)
     pictures = draw_official(name, policy, items, out, n, args.seed, identity) if policy else Path(args.folder)
-    who = load_graders(name, args.judge or ["tiny-llava"], args.detector, args.clip, out / "judged", args.questions or (None if dpg_questions().is_file() else "rules"))
-    small = [x for x in (*(args.judge or ["tiny-llava"]), args.detector, args.clip, args.model if policy else "") if x.startswith("tiny-") or x == "untrained"]
+    named = [*judges * ("judge" in asked), *[args.detector] * ("detector" in asked), *[args.clip] * ("clip" in asked), *[args.model] * bool(policy)]
+    small = [x for x in named if x.startswith("tiny-") or x == "untrained"]
     notes = [f"{len(items):,} of {len(whole):,} prompts"] + [f"{', '.join(dict.fromkeys(small))}: a test of the path, the numbers mean nothing"] * bool(small) + ["questions made by rules, not dpg_bench.csv"] * (name == "dpg" and not who.graphs)
     settings = dict(seeds=(args.seed,), sampling=policy.sampling, steps=policy.n_tokens) if policy else {}
     outcome = score_folder_officially(name, pictures, items, who, out, n, args.model if policy or args.model != "tiny-janus" else "", args.prompts, notes="; ".join(notes), **settings)

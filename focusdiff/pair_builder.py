@@ -182,7 +182,7 @@ class SceneCaptioner:
         scenes = [(reading_to_scene(r, 2 * i), reading_to_scene(r, 2 * i + 1)) for i in range(len(images))]
         return [None if a is None or b is None else self._caption(a, b, e.id, attempt) for e, (a, b) in zip(edits, scenes, strict=True)]
 
-# %% ../nbs/13_pair_builder.ipynb #e88a4c23
+# %% ../nbs/13_pair_builder.ipynb #f7fe3350
 CAPTION_REQUEST = ('The left picture was edited to give the right one: "{instruction}". Describe each picture in one sentence. Both sentences must be built alike and differ only in the words '
                    'for what differs between the pictures. Answer in two lines that start with "1:" for the left and "2:" for the right picture.')
 
@@ -190,6 +190,7 @@ def read_captions(
     reply: str,                   # of a model
 ) -> tuple[str, str] | None:      # None: not of the form that was asked for
     "Take the two captions out of a reply."
+    if re.search(r"[\ud800-\udfff]", reply): return None     # half of a character: no file can hold it
     found = re.findall(r"^\W*([12])\s*[:.)]\s*(.*\S)\s*$", reply, re.MULTILINE)
     texts = {n: text.strip('*" ') for n, text in found}
     return (texts["1"], texts["2"]) if len(found) == 2 == len(texts) and all(texts.values()) else None

@@ -67,7 +67,7 @@ def read_records(
         if not isinstance(record, dict): raise DataError(f"expected an object, got {type(record).__name__}", path, row)
     return records
 
-# %% ../nbs/10_pairs.ipynb #3c23a602
+# %% ../nbs/10_pairs.ipynb #1995360b
 def read_text_field(
     record: dict,      # one of `read_records`
     name: str,         # its key
@@ -79,6 +79,8 @@ def read_text_field(
     value = record[name]
     if not isinstance(value, str): raise DataError(f"expected text, got {type(value).__name__}", path, row, name)
     if not value.strip(): raise DataError("empty text", path, row, name)
+    try: value.encode()
+    except UnicodeEncodeError as e: raise DataError(f"not text: {e}", path, row, name) from e    # half of a character: JSON can say it, no file can hold it
     return value.strip()
 
 def read_image_field(
@@ -94,7 +96,9 @@ def read_image_field(
     image = Path(os.path.abspath(base / text))
     if not image.is_relative_to(base) and (root is not None or not Path(text).is_absolute()):
         raise DataError(f"{text!r} lies outside {str(base)!r}: pass a root that holds all images", path, row, name)
-    if not image.is_file(): raise DataError(f"no such image: {text!r}", path, row, name)
+    try: found = image.is_file()
+    except OSError as e: raise DataError(f"cannot look for the image {text!r}: {e.strerror}", path, row, name) from e
+    if not found: raise DataError(f"no such image: {text!r}", path, row, name)
     return image
 
 # %% ../nbs/10_pairs.ipynb #494fa7cb

@@ -14,9 +14,10 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Bool, Float
 
-# %% ../nbs/32_regions.ipynb #bf698a75
+# %% ../nbs/32_regions.ipynb #480b0786
 from . import scenes as world
 from .core import ConfigError, DataError, pick_device
+from .official_rules import owl_outputs
 from .phrases import Phrase, PhraseScorer, lemma
 from .zoo import load_whole, resolve
 
@@ -217,7 +218,7 @@ class GroundedSam:
         rows = [np.flatnonzero(owner[kept] == i) for i in range(len(tags))]
         return [Found(masks[r].any(0), float(scores[kept][r].max())) if len(r) else None for r in rows]
 
-# %% ../nbs/32_regions.ipynb #d7d53d68
+# %% ../nbs/32_regions.ipynb #f675473e
 def _squashed(picture: Any, side: int, model: Any, mean: Any, std: Any) -> Any:   # what SAM 2 and SAM 3 look at, [1, 3, side, side], where and as the model is
     import torch
     from PIL import Image
@@ -231,13 +232,7 @@ def _dino(self: GroundedSam, picture: Any, tags: list[str]) -> list[dict]:   # b
 
 @patch
 def _owl(self: GroundedSam, picture: Any, tags: list[str]) -> list[dict]:   # the same, by OWLv2
-    from PIL import Image
-    longest, side = max(picture.size), self.read_text.image_processor.size["height"]
-    square = Image.new("RGB", (longest, longest))
-    square.paste(picture)
-    square = square.resize((side, side), Image.Resampling.BILINEAR)
-    batch = self.read_text(images=[square] * len(tags), text=[[f"a photo of a {t.lower()}"] for t in tags], padding="max_length", truncation=True, do_pad=False, do_resize=False, return_tensors="pt")
-    out = self.detector(**batch.to(self.detector.device, self.detector.dtype))
+    out = owl_outputs(self.detector, self.read_text, picture, tags)
     return self.read_text.post_process_grounded_object_detection(out, self.thresholds["threshold"], [picture.size[::-1]] * len(tags))
 
 @patch
