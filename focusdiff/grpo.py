@@ -197,7 +197,7 @@ def freeze_unused(
     for name, parameter in policy.named_parameters(): parameter.requires_grad_(".lora_" in name if adapted else not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #41572629
+# %% ../nbs/21_grpo.ipynb #7aaaed6d
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -209,7 +209,7 @@ class GRPO(StepModule):
     ):
         super().__init__()
         self.policy, self.config, self.judge, self.truth = policy, config, judge, truth
-        self.trained = freeze_unused(policy)
+        self.trained, self._judged = freeze_unused(policy), 0.0
         copied = config.beta and not lora_layers(policy)
         self._reference = [copy.deepcopy(policy).requires_grad_(False)] if copied else []   # in a list: not part of the state
         guidance = policy.sampling.guidance if config.guidance is None else config.guidance
@@ -240,7 +240,7 @@ class GRPO(StepModule):
     def advantages(self, rows: Rows, rewards: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, int]]:
         return group_advantages(rewards, valid, rows.prompt, self.config.advantage_eps)
 
-    def training_step(self, batch: list, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
         rows = self.sample(batch)
         with submit_reward(self.judge, rows.images, rows.prompts) as pending:
             logps = self.logps(rows)      # while a server judges
@@ -251,7 +251,14 @@ class GRPO(StepModule):
         self.record(loss=loss.item(), kl=kl.item(), injection_probability=self.injection_probability(),
                     **step_metrics(rows, rewards, valid, counts, self.truth))
         self.last_group = (rows, rewards, valid, advantages)
-        return loss if self.all_gather(valid.sum()).sum() > 0 else None
+        self._judged += self.weight * valid.sum().item()
+        return self.weight * loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        judged, self._judged = self.all_gather(torch.tensor(self._judged, device=self.device)).sum(), 0.0
+        if judged == 0:      # nothing to learn from in the whole step
+            for p in self.trained: p.grad = None
+        super().on_before_optimizer_step(optimizer)
 
 # %% ../nbs/21_grpo.ipynb #0402b165
 @patch

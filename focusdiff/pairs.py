@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PromptPair', 'read_lines', 'read_records', 'read_text_field', 'read_image_field', 'read_pairs', 'write_pairs',
-           'center_crop', 'open_image', 'load_images', 'read_prompts', 'PairLoader', 'pair_loader']
+           'center_crop', 'open_image', 'load_images', 'read_prompts', 'Batch', 'PairLoader', 'pair_loader']
 
 # %% ../nbs/10_pairs.ipynb #95469b06
 import json, os
@@ -183,15 +183,18 @@ def read_prompts(
     if not lines or len(lines) % 2: raise DataError(f"{len(lines)} prompts: two lines make one item, so the number must be even; add or delete one", path)
     return [PromptPair(lines[i], lines[i + 1], paired=False, file=Path(path), row=i) for i in range(0, len(lines), 2)]
 
-# %% ../nbs/10_pairs.ipynb #439b8b7e
+# %% ../nbs/10_pairs.ipynb #9d9a7248
+class Batch(list):
+    "Records of one rank and micro-batch, and what their mean counts in the mean over ranks and micro-batches."
+    weight = 1.0    # own records over those of an equal share of the step; 0: a stand-in, where a short step has no record left
+
 class PairLoader:
     "Deals out the records of an epoch in batches; iterating continues where the last iteration stopped."
-    def __init__(self, pairs: Sequence[PromptPair], batch_size: int, seed: int, rank: int, world_size: int):
-        self.pairs, self.batch_size, self.seed, self.rank, self.world_size = pairs, batch_size, seed, rank, world_size
+    def __init__(self, pairs: Sequence[PromptPair], batch_size: int, seed: int, rank: int, world_size: int, accumulate: int):
+        self.pairs, self.batch_size, self.seed, self.rank, self.world_size, self.accumulate = pairs, batch_size, seed, rank, world_size, accumulate
         self.epoch = self.step = 0      # `step` batches of `epoch` have been dealt out
-        self.per_step = batch_size * world_size
-        full, rest = divmod(len(pairs), self.per_step)
-        self.steps = full + (rest >= world_size)
+        self.per_step = batch_size * world_size * accumulate
+        self.steps = -(-len(pairs) // self.per_step) * accumulate
 
     def __len__(self) -> int: return self.steps
 
@@ -199,10 +202,13 @@ class PairLoader:
         if self.step >= self.steps: self.epoch, self.step = self.epoch + 1, 0
         order = np.random.default_rng(derive_seed("pair order", self.seed, self.epoch)).permutation(len(self.pairs))
         while self.step < self.steps:
-            end = (self.step + 1) * self.per_step if self.step + 1 < self.steps else len(order)
-            mine = order[self.step * self.per_step:end][self.rank::self.world_size]
+            update, part = divmod(self.step, self.accumulate)
+            whole, width = order[update * self.per_step:][:self.per_step], self.batch_size * self.world_size
+            mine = whole[part * width:][:width][self.rank::self.world_size]
+            batch = Batch(self.pairs[i] for i in (mine if len(mine) else whole[:1]))
+            batch.weight = len(mine) * self.world_size * self.accumulate / len(whole)
             self.step += 1
-            yield [self.pairs[i] for i in mine]
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         "Where the loader is, and what that place depends on; the same on every rank."
@@ -214,18 +220,19 @@ class PairLoader:
             if state[name] != value: raise ConfigError(f"cannot resume: {name} was {state[name]} and is now {value}")
         self.epoch, self.step = state["epoch"], state["step"]
 
-    def _identity(self) -> dict[str, int]: return dict(records=len(self.pairs), records_per_step=self.per_step, seed=self.seed)
+    def _identity(self) -> dict[str, int]: return dict(records=len(self.pairs), records_per_step=self.per_step, micro_batches=self.accumulate, seed=self.seed)
 
-# %% ../nbs/10_pairs.ipynb #4de018c4
+# %% ../nbs/10_pairs.ipynb #4041e00f
 def pair_loader(
     pairs: Sequence[PromptPair],  # pairs, unpaired items, or both in one list
-    batch_size: int,              # records per step and rank
+    batch_size: int,              # records per rank and micro-batch
     seed: int,                    # of the order
     rank: int = 0,                # this process, 0-based
     world_size: int = 1,          # number of processes
-) -> PairLoader:                  # yields lists of `PromptPair`; can be resumed in the middle of an epoch
+    accumulate: int = 1,          # micro-batches of an optimizer step
+) -> PairLoader:                  # yields lists of `PromptPair` with a `weight`; can be resumed in the middle of an epoch
     "A loader that visits every record exactly once per epoch over the union of ranks."
-    if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+    if min(batch_size, world_size, accumulate) < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"batch_size {batch_size}, rank {rank}, world_size {world_size}: need batch_size >= 1 and 0 <= rank < world_size")
     if len(pairs) < world_size: raise ConfigError(f"{len(pairs)} records cannot feed {world_size} ranks: every rank needs at least one")
-    return PairLoader(pairs, batch_size, seed, rank, world_size)
+    return PairLoader(pairs, batch_size, seed, rank, world_size, accumulate)

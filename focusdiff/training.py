@@ -105,17 +105,18 @@ class _SealedLoader:
     def __len__(self) -> int: return len(self.loader)
     def __iter__(self): return map(_Sealed, self.loader)
 
-# %% ../nbs/03_training.ipynb #0a2988fd
+# %% ../nbs/03_training.ipynb #d4c1f141
 class StepModule(L.LightningModule):
     "A LightningModule whose metrics are averaged over the micro-batches and devices of one optimizer step."
     def __init__(self):
         super().__init__()
-        self._records: list[dict[str, float]] = []
-        self._first = self._next = 0
+        self._records: list[tuple[float, dict[str, float]]] = []
+        self._first, self._next, self.weight = 0, 0, 1.0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._first = self._next if self._records else 0      # nothing is recorded yet: the step begins
         self._next = self._first + len(batch)
+        self.weight = getattr(batch, "weight", 1.0)           # what a mean over this batch counts in the step: 1 unless `pair_loader` dealt unevenly
 
     def places(
         self,
@@ -130,7 +131,7 @@ class StepModule(L.LightningModule):
         **metrics: float,  # of this micro-batch; the same names on every call and device
     ) -> None:
         "Keep the metrics of one micro-batch until the optimizer steps."
-        self._records.append(metrics)
+        self._records.append((self.weight, metrics))
 
     def configure_model(self) -> None:
         "A strategy that keeps shards of the weights (`24_parallel`) cuts them here."
@@ -139,10 +140,11 @@ class StepModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any: return batch.content
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        names, records, self._records = list(self._records[0]), self._records, []
-        values = torch.tensor([[float(r[name]) for name in names] for r in records], device=self.device)
-        values = self.all_gather(values).reshape(-1, len(names))
-        logged = {name: column.nansum() if name.endswith("_count") else column.nanmean() for name, column in zip(names, values.T)}
+        names, records, self._records = list(self._records[0][1]), self._records, []
+        values = torch.tensor([[weight, *(float(r[name]) for name in names)] for weight, r in records], device=self.device)
+        weights, *columns = self.all_gather(values).reshape(-1, 1 + len(names)).T
+        mean = lambda x: (weights * x).nansum() / weights[~x.isnan()].sum()
+        logged = {name: x[weights > 0].nansum() if name.endswith("_count") else mean(x) for name, x in zip(names, columns)}
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.tensor(0.0)
         logged["gradient_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # of shards: summed over the devices
