@@ -197,7 +197,7 @@ def freeze_unused(
     for name, parameter in policy.named_parameters(): parameter.requires_grad_(".lora_" in name if adapted else not set(name.split(".")) & set(frozen))
     return [p for p in policy.parameters() if p.requires_grad]
 
-# %% ../nbs/21_grpo.ipynb #7aaaed6d
+# %% ../nbs/21_grpo.ipynb #a91384a9
 class GRPO(StepModule):
     "Vanilla GRPO: each caption is a group (section 3.4)."
     def __init__(
@@ -248,16 +248,14 @@ class GRPO(StepModule):
         advantages, counts = self.advantages(rows, rewards, valid)
         loss, kl = self.losses(rows, advantages, valid, logps)
         loss = loss * valid.float().mean()      # over all rows, so that micro-batches and devices with different numbers of masked rows add up to the whole batch
-        self.record(loss=loss.item(), kl=kl.item(), injection_probability=self.injection_probability(),
-                    **step_metrics(rows, rewards, valid, counts, self.truth))
+        self.record(loss=loss.item(), kl=kl.item(), injection_probability=self.injection_probability(), **step_metrics(rows, rewards, valid, counts, self.truth))
         self.last_group = (rows, rewards, valid, advantages)
         self._judged += self.weight * valid.sum().item()
         return self.weight * loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         judged, self._judged = self.all_gather(torch.tensor(self._judged, device=self.device)).sum(), 0.0
-        if judged == 0:      # nothing to learn from in the whole step
-            for p in self.trained: p.grad = None
+        for p in self.trained if judged == 0 else (): p.grad = None      # nothing to learn from in the whole step
         super().on_before_optimizer_step(optimizer)
 
 # %% ../nbs/21_grpo.ipynb #0402b165
